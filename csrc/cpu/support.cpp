@@ -1,0 +1,101 @@
+#include "cpu/support.h"
+
+#include <ATen/Version.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <algorithm>
+#include <cmath>
+
+namespace eva_attn::cpu {
+namespace {
+
+DType kernel_dtype(at::ScalarType dtype) {
+    switch (dtype) {
+    case at::kFloat:
+        return DType::kFloat;
+    case at::kDouble:
+        return DType::kDouble;
+    case at::kBFloat16:
+        return DType::kBFloat16;
+    case at::kHalf:
+        return DType::kHalf;
+    default:
+        TORCH_CHECK_TYPE(false, "dtype must be Float, Double, BFloat16 or Half, got ", dtype);
+    }
+}
+
+// As torch does, and so does ATEN_CPU_CAPABILITY.
+InstructionSet instruction_set() {
+    const std::string capability = at::get_cpu_capability();
+    if (capability == "AVX512") return InstructionSet::kAvx512;
+    if (capability == "AVX2") return InstructionSet::kAvx2;
+    return InstructionSet::kBaseline;
+}
+
+} // namespace
+
+const Kernels& kernels_for(at::ScalarType dtype) {
+    static const InstructionSet found = instruction_set();
+    return kernels(found, kernel_dtype(dtype));
+}
+
+Shape shape_of(const Call& call, const Geometry& geometry) {
+    return Shape{.batch = call.query.size(0),
+                 .heads = call.query.size(1),
+                 .head_dim = call.query.size(3),
+                 .geometry = geometry};
+}
+
+double scale_of(const Call& call) {
+    return call.scale.value_or(1 / std::sqrt(static_cast<double>(call.query.size(3))));
+}
+
+Tensor contiguous(const OptionalTensor& tensor, at::ScalarType dtype) {
+    return tensor ? tensor->to(dtype).contiguous() : Tensor();
+}
+
+Tensor pad_rows(const Tensor& tensor) {
+    std::vector<int64_t> shape = tensor.sizes().vec();
+    const int64_t head_dim = shape.back();
+    shape.back() = padded(head_dim);
+    const Tensor result = at::zeros(shape, tensor.options());
+    result.narrow(-1, 0, head_dim).copy_(tensor);
+    return result;
+}
+
+Tensor chunk_extents(const Shape& shape, const Tensor& mask) {
+    const Geometry& g = shape.geometry;
+    const int64_t batch = mask.defined() ? shape.batch : 1, num_chunks = g.num_chunks();
+    const Tensor result = at::empty({batch, num_chunks, 4}, at::kInt);
+    int32_t* const out = result.mutable_data_ptr<int32_t>();
+    const bool* const padding = mask_data(mask);
+    at::parallel_for(0, batch * num_chunks, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            Box extent = g.chunk_box(i % num_chunks);
+            if (padding) {
+                const bool* const masked = padding + i / num_chunks * g.num_tokens();
+                const Box box = extent;
+                extent = Box{box.y1, box.y0, box.x1, box.x0};
+                for (int64_t y = box.y0; y < box.y1; ++y) {
+                    for (int64_t x = box.x0; x < box.x1; ++x) {
+                        if (masked[g.token(y, x)]) continue;
+                        extent.y0 = std::min(extent.y0, y), extent.y1 = std::max(extent.y1, y + 1);
+                        extent.x0 = std::min(extent.x0, x), extent.x1 = std::max(extent.x1, x + 1);
+                    }
+                }
+            }
+            if (extent.empty()) extent = Box{0, 0, 0, 0};
+            out[4 * i] = extent.y0, out[4 * i + 1] = extent.y1;
+            out[4 * i + 2] = extent.x0, out[4 * i + 3] = extent.x1;
+        }
+    });
+    return result;
+}
+
+Tensor sum_in_order(const Tensor& terms) {
+    const Tensor sum = at::zeros(terms.sizes().slice(1), terms.options());
+    for (int64_t i = 0; i < terms.size(0); ++i) sum.add_(terms.select(0, i));
+    return sum;
+}
+
+} // namespace eva_attn::cpu

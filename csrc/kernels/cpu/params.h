@@ -1,0 +1,165 @@
+// What the CPU kernels are told. Strides are in elements; T is the accumulation type (double for double,
+// else float) and rows of T named "padded" are head_dim_padded(D) long, zeros behind D.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/geometry.h"
+#include "kernels/philox.h"
+
+namespace eva_attn::cpu {
+
+enum class DType { kFloat, kDouble, kBFloat16, kHalf };
+
+// A [B, H, N, D] tensor.
+struct Rows {
+    void* data;
+    int64_t batch_stride, head_stride, token_stride, dim_stride;
+};
+
+struct Shape {
+    int64_t batch, heads, head_dim;
+    Geometry geometry;
+};
+
+constexpr int64_t kLineElements = 16;
+
+// Rows start on different cache sets: an odd number of 16-element lines.
+constexpr int64_t padded(int64_t n) {
+    const int64_t lines = (n + kLineElements - 1) / kLineElements;
+    return (lines | 1) * kLineElements;
+}
+
+// A = Linear(D, D), then LayerNorm(D). All null: the identity. norm_weight null: no LayerNorm.
+struct Projection {
+    const void* weight;      // T [D out, padded D in]
+    const void* weight_t;    // T [D in, padded D out]
+    const void* bias;        // T [D] or null
+    const void* norm_weight; // T [D] or null
+    const void* norm_bias;   // T [D] or null
+};
+
+struct SummaryParams {
+    Shape shape;
+    Rows query, key, value;       // in
+    const bool* key_padding_mask; // [B, N] or null
+    const void* noise;            // T [B, H, C, D] or null
+    Projection key_projection, query_projection;
+    bool has_projection;       // false: identity
+    bool has_query_projection; // false beside has_projection: "key-only", mu = 0
+    double scale, mu_scale, norm_eps;
+    int64_t mean_divisor; // 0: the number of valid tokens
+    // forward: out; backward: in
+    void* landmark_key;   // S [B, H, C, D], forward only
+    void* landmark_value; // S [B, H, C, D], forward only
+    void* key_mean;       // T [B, H, C, D]
+    void* query_mean;     // T [B, H, C, D], unused where mu = 0
+    // backward, in: landmark gradients as `pieces` summands of stride `piece_stride`
+    const void* grad_landmark_key;   // T [B H, pieces, C, padded D]
+    const void* grad_landmark_value; // T [B H, pieces, C, padded D]
+    int64_t pieces, piece_stride, head_piece_stride;
+    // backward, out: what each member token needs of its chunk
+    void* omega;           // T [B H C, padded D]
+    void* grad_beta;       // T [B H C, padded D]
+    void* grad_key_mean;   // T [B H C, padded D], divided by the mean's divisor
+    void* grad_query_mean; // T [B H C, padded D], likewise
+    void* chunk_stats;     // double [B H C, 2]: log-sum-exp of the chunk, sum_j p_j (grad_beta . v_j)
+    // backward, out: for the projections' gradients
+    void* grad_key_linear;   // T [B H C, padded D]: gradient of the Linear's output
+    void* grad_query_linear; // T [B H C, padded D]
+    void* grad_vectors;      // T [tasks, 6, padded D]: key bias, norm weight, norm bias; the query's
+};
+
+// Chunks of one task of the summaries.
+constexpr int64_t kChunksPerTask = 32;
+
+// What the joint attention's backward adds for each token as a member of its chunks; omega null: nothing.
+struct ChunkTerms {
+    const void* omega;
+    const void* grad_beta;
+    const void* grad_key_mean;
+    const void* grad_query_mean;
+    const void* chunk_stats;
+};
+
+struct AttentionParams {
+    Shape shape;
+    Rows query, key, value;     // in
+    int64_t num_landmarks;      // 0: window only
+    const void* landmark_key;   // S [B, H, C, D]
+    const void* landmark_value; // S [B, H, C, D]
+    const void* landmark_bias;  // T [B, C] or null
+    const int32_t* extents;     // [B or 1, C, 4]: box (y0, y1, x0, x1) of each chunk's valid members
+    int64_t extents_batch_stride;
+    const void* relative_bias; // T [H or 1, bias_height, bias_width] or null
+    int64_t relative_bias_head_stride;
+    const bool* key_padding_mask; // [B, N] or null
+    bool exclude_window_landmarks;
+    Dropout dropout;
+    double scale;
+    int64_t pieces;  // tasks per (batch, head)
+    Rows output;     // forward: out; backward: in
+    void* logsumexp; // T [B, H, N]; forward: out; backward: in
+    // backward
+    Rows grad_output;                      // in
+    Rows grad_query, grad_key, grad_value; // out
+    void* grad_global_key;                 // T [B H, pieces, C + P, padded D], of landmarks and prefix keys
+    void* grad_global_value;               // T [B H, pieces, C + P, padded D]
+    void* grad_relative_bias;              // T [B H, pieces, bias_height * bias_width] or null
+    ChunkTerms chunk_terms;
+    double chunk_scale;
+};
+
+struct TermsParams {
+    Shape shape;
+    Rows key, value;              // in
+    const bool* key_padding_mask; // [B, N] or null
+    double scale;
+    ChunkTerms chunk_terms;
+    Rows grad_query, grad_key, grad_value; // out
+};
+
+// weight gradient[m, n] = sum_k linear[k, m] mean[k, n]
+struct WeightGradParams {
+    int64_t rows, head_dim;
+    const void* grad_linear; // T [rows, padded D]
+    const void* mean;        // T [rows, padded D]
+    void* grad_weight;       // T [D, padded D]
+};
+
+constexpr int64_t kWeightRowsPerTask = 6;
+
+// One table per instruction set and dtype. Kernels run the tasks [begin, end) with a scratch of the size
+// that the matching function returns; the result does not depend on how tasks are dealt to threads.
+struct Kernels {
+    size_t (*summary_scratch)(const SummaryParams&);
+    void (*chunk_summary_fwd)(const SummaryParams&, int64_t begin, int64_t end, char* scratch);
+    void (*chunk_summary_bwd)(const SummaryParams&, int64_t begin, int64_t end, char* scratch);
+    void (*chunk_terms)(const TermsParams&, int64_t begin, int64_t end, char* scratch);
+    size_t (*terms_scratch)(const TermsParams&);
+    void (*weight_grad)(const WeightGradParams&, int64_t begin, int64_t end);
+    size_t (*attention_scratch)(const AttentionParams&);
+    void (*window_attention_fwd)(const AttentionParams&, int64_t begin, int64_t end, char* scratch);
+    void (*window_attention_bwd_global)(const AttentionParams&, int64_t begin, int64_t end, char* scratch);
+    void (*window_attention_bwd)(const AttentionParams&, int64_t begin, int64_t end, char* scratch);
+    size_t (*prefix_scratch)(const AttentionParams&);
+    void (*prefix_attention_fwd)(const AttentionParams&, int64_t begin, int64_t end, char* scratch);
+    void (*prefix_attention_bwd)(const AttentionParams&, int64_t begin, int64_t end, char* scratch);
+};
+
+enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
+
+const Kernels& kernels(InstructionSet instruction_set, DType dtype);
+
+namespace baseline {
+const Kernels& table(DType dtype);
+}
+namespace avx2 {
+const Kernels& table(DType dtype);
+}
+namespace avx512 {
+const Kernels& table(DType dtype);
+}
+
+} // namespace eva_attn::cpu

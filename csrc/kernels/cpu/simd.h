@@ -1,0 +1,317 @@
+// Vectors, conversions, exp and the register-blocked matrix product. Included once per instruction set,
+// behind the target pragma and inside that set's namespace: nothing here may have external linkage. The
+// includer defines EVA_VECTOR_BYTES and EVA_VECTOR_COLUMNS (vectors of C per tile of the product).
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+    typedef float type __attribute__((vector_size(EVA_VECTOR_BYTES)));
+    typedef float unaligned __attribute__((vector_size(EVA_VECTOR_BYTES), aligned(4), may_alias));
+    typedef int32_t integer __attribute__((vector_size(EVA_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<double> {
+    typedef double type __attribute__((vector_size(EVA_VECTOR_BYTES)));
+    typedef double unaligned __attribute__((vector_size(EVA_VECTOR_BYTES), aligned(8), may_alias));
+    typedef int64_t integer __attribute__((vector_size(EVA_VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+constexpr int64_t kWidth = EVA_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+inline Vec<T> load(const T* p) {
+    return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(p);
+}
+template <class T>
+inline void store(T* p, Vec<T> v) {
+    *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
+}
+template <class T>
+inline Vec<T> splat(T x) {
+    return x - Vec<T>{};
+}
+template <class T>
+inline T sum(Vec<T> v) {
+    T total = 0;
+    for (int64_t i = 0; i < kWidth<T>; ++i) total += v[i];
+    return total;
+}
+
+template <class T>
+constexpr T infinity() {
+    return static_cast<T>(__builtin_inf());
+}
+
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Half {
+    uint16_t bits;
+};
+
+template <class To, class From>
+inline To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    __builtin_memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+inline void convert(float from, float& to) { to = from; }
+inline void convert(double from, double& to) { to = from; }
+inline void convert(BFloat16 from, float& to) {
+    to = bit_cast<float>(static_cast<uint32_t>(from.bits) << 16);
+}
+inline void convert(float from, BFloat16& to) {
+    const uint32_t bits = bit_cast<uint32_t>(from);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+inline void convert(Half from, float& to) {
+    const uint32_t magnitude = (from.bits & 0x7fffu) << 13;
+    // 2^112 moves the exponent's bias from 15 to 127, of subnormal numbers too.
+    uint32_t bits = bit_cast<uint32_t>(bit_cast<float>(magnitude) * bit_cast<float>(0x77800000u));
+    bits = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : bits;
+    to = bit_cast<float>(bits | (static_cast<uint32_t>(from.bits & 0x8000u) << 16));
+}
+inline void convert(float from, Half& to) {
+    const uint32_t bits = bit_cast<uint32_t>(from);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    // Below 2^-14 the sum with 0.5 rounds to a multiple of 2^-24, the spacing of subnormal halves.
+    const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+    const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+    half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+    half = magnitude > 0x7f800000u ? 0x7e00u : half;
+    to.bits = static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u));
+}
+
+// exp for arguments up to about 0, where softmax needs it; below the smallest normal number the result is 0.
+inline Vec<float> exp(Vec<float> x) {
+    using Integer = VectorOf<float>::integer;
+    const Vec<float> magic = splat(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
+    const Vec<float> shifted = x * splat(1.44269504f) + magic;
+    const Vec<float> n = shifted - magic;
+    Vec<float> r = x - n * splat(0.693359375f);
+    r = r - n * splat(-2.12194440e-4f);
+    Vec<float> p = splat(1.9875691500e-4f);
+    p = p * r + splat(1.3981999507e-3f);
+    p = p * r + splat(8.3334519073e-3f);
+    p = p * r + splat(4.1665795894e-2f);
+    p = p * r + splat(1.6666665459e-1f);
+    p = p * r + splat(5.0000001201e-1f);
+    p = p * (r * r) + r + splat(1.0f);
+    const Integer exponent = (reinterpret_cast<Integer>(shifted) << 23);
+    const Vec<float> result = reinterpret_cast<Vec<float>>(reinterpret_cast<Integer>(p) + exponent);
+    const Integer tiny = x < splat(-87.3f); // false for NaN, which stays
+    return reinterpret_cast<Vec<float>>(reinterpret_cast<Integer>(result) & ~tiny);
+}
+inline Vec<double> exp(Vec<double> x) {
+    Vec<double> result{};
+    for (int64_t i = 0; i < kWidth<double>; ++i) result[i] = __builtin_exp(x[i]);
+    return result;
+}
+
+constexpr int kTileRows = 6;
+
+// C[0:Rows, 0:Columns vectors] = init + A B, where A's element (m, k) lies at a + m * a_m + k * a_k.
+template <class T, int Rows, int Columns>
+inline void product_tile(int64_t depth, const T* a, int64_t a_m, int64_t a_k, const T* b, int64_t ldb, T* c,
+                         int64_t ldc, const T* init, int64_t ldi) {
+    Vec<T> accumulator[Rows][Columns];
+#pragma GCC unroll 8
+    for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 8
+        for (int n = 0; n < Columns; ++n)
+            accumulator[m][n] = init ? load(init + m * ldi + n * kWidth<T>) : Vec<T>{};
+    for (int64_t k = 0; k < depth; ++k) {
+        Vec<T> row[Columns];
+#pragma GCC unroll 8
+        for (int n = 0; n < Columns; ++n) row[n] = load(b + k * ldb + n * kWidth<T>);
+#pragma GCC unroll 8
+        for (int m = 0; m < Rows; ++m) {
+            const Vec<T> x = splat(a[m * a_m + k * a_k]);
+#pragma GCC unroll 8
+            for (int n = 0; n < Columns; ++n) accumulator[m][n] += x * row[n];
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 8
+        for (int n = 0; n < Columns; ++n) store(c + m * ldc + n * kWidth<T>, accumulator[m][n]);
+}
+
+template <class T, int Columns>
+inline void product_rows(int64_t rows, int64_t depth, const T* a, int64_t a_m, int64_t a_k, const T* b,
+                         int64_t ldb, T* c, int64_t ldc, const T* init, int64_t ldi) {
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+    int64_t m = 0;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t size = (rows - m + (tiles - tile) - 1) / (tiles - tile); // even shares
+        const T* start = init ? init + m * ldi : nullptr;
+        const auto run = [&]<int Rows>() {
+            product_tile<T, Rows, Columns>(depth, a + m * a_m, a_m, a_k, b, ldb, c + m * ldc, ldc, start,
+                                           ldi);
+        };
+        switch (size) {
+        case 1:
+            run.template operator()<1>();
+            break;
+        case 2:
+            run.template operator()<2>();
+            break;
+        case 3:
+            run.template operator()<3>();
+            break;
+        case 4:
+            run.template operator()<4>();
+            break;
+        case 5:
+            run.template operator()<5>();
+            break;
+        default:
+            run.template operator()<6>();
+            break;
+        }
+        m += size;
+    }
+}
+
+// C [rows, columns] = init + A B. Columns are rounded up to whole vectors: B, C and init have that room.
+// init null: zero; init = c: accumulate.
+template <class T>
+inline void product(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_m, int64_t a_k,
+                    const T* b, int64_t ldb, T* c, int64_t ldc, const T* init, int64_t ldi) {
+    if (rows <= 0) return;
+    constexpr int64_t kStep = EVA_VECTOR_COLUMNS * kWidth<T>;
+    int64_t n = 0;
+    for (; n + kStep <= columns; n += kStep)
+        product_rows<T, EVA_VECTOR_COLUMNS>(rows, depth, a, a_m, a_k, b + n, ldb, c + n, ldc,
+                                            init ? init + n : nullptr, ldi);
+    const int64_t left = (columns - n + kWidth<T> - 1) / kWidth<T>;
+    const auto run = [&]<int Columns>() {
+        product_rows<T, Columns>(rows, depth, a, a_m, a_k, b + n, ldb, c + n, ldc, init ? init + n : nullptr,
+                                 ldi);
+    };
+    switch (left) {
+    case 0:
+        break;
+    case 1:
+        run.template operator()<1>();
+        break;
+    case 2:
+        run.template operator()<2>();
+        break;
+    case 3:
+        run.template operator()<3>();
+        break;
+    default:
+        run.template operator()<4>();
+        break;
+    }
+}
+
+// Columns [0, n) of `out` from rows [0, n) of `rows`: out[d, j] = rows[j, d].
+template <class T>
+inline void transpose(const T* rows, int64_t ld, int64_t n, int64_t depth, T* out, int64_t ld_out) {
+    int64_t j = 0;
+    for (; j + 8 <= n; j += 8)
+        for (int64_t d = 0; d < depth; ++d)
+#pragma GCC unroll 8
+            for (int64_t i = 0; i < 8; ++i) out[d * ld_out + j + i] = rows[(j + i) * ld + d];
+    for (; j < n; ++j)
+        for (int64_t d = 0; d < depth; ++d) out[d * ld_out + j] = rows[j * ld + d];
+}
+
+// Takes arrays of T out of a scratch; with a null scratch it only counts.
+class Arena {
+  public:
+    explicit Arena(char* base) : base_(base) {}
+    template <class T>
+    T* take(int64_t n) {
+        char* const at = base_ ? base_ + used_ : nullptr;
+        used_ += (static_cast<size_t>(n > 0 ? n : 0) * sizeof(T) + 63) / 64 * 64;
+        return reinterpret_cast<T*>(at);
+    }
+    size_t used() const { return used_; }
+
+  private:
+    char* base_;
+    size_t used_ = 0;
+};
+
+template <class T>
+inline void zero(T* p, int64_t n) {
+    __builtin_memset(p, 0, static_cast<size_t>(n) * sizeof(T));
+}
+
+template <class S>
+inline S* row_of(const Rows& rows, int64_t batch, int64_t head, int64_t token) {
+    return static_cast<S*>(rows.data) + batch * rows.batch_stride + head * rows.head_stride +
+           token * rows.token_stride;
+}
+
+// A row in T, zeros behind head_dim up to a whole vector; `buffer` is padded.
+template <class S, class T>
+inline void load_row(const Rows& rows, int64_t batch, int64_t head, int64_t token, int64_t head_dim,
+                     T* buffer, T factor = 1) {
+    const S* p = row_of<S>(rows, batch, head, token);
+    if (rows.dim_stride == 1) {
+        for (int64_t d = 0; d < head_dim; ++d) {
+            T x;
+            convert(p[d], x);
+            buffer[d] = x * factor;
+        }
+    } else {
+        for (int64_t d = 0; d < head_dim; ++d) {
+            T x;
+            convert(p[d * rows.dim_stride], x);
+            buffer[d] = x * factor;
+        }
+    }
+    for (int64_t d = head_dim; d % kWidth<T> != 0; ++d) buffer[d] = 0;
+}
+template <class S, class T>
+inline void store_row(const Rows& rows, int64_t batch, int64_t head, int64_t token, int64_t head_dim,
+                      const T* buffer, T factor = 1) {
+    S* p = row_of<S>(rows, batch, head, token);
+    for (int64_t d = 0; d < head_dim; ++d) convert(buffer[d] * factor, p[d * rows.dim_stride]);
+}
+template <class S>
+inline void zero_row(const Rows& rows, int64_t batch, int64_t head, int64_t token, int64_t head_dim) {
+    S* p = row_of<S>(rows, batch, head, token);
+    for (int64_t d = 0; d < head_dim; ++d) p[d * rows.dim_stride] = S{};
+}
+
+template <class T>
+inline T dot(const T* a, const T* b, int64_t n) {
+    Vec<T> total{};
+    for (int64_t d = 0; d < n; d += kWidth<T>) total += load(a + d) * load(b + d);
+    return sum<T>(total);
+}
+// The same, accumulated in double: logits of chunks grow with the square of the norms, and their differences
+// count.
+template <class T>
+inline double exact_dot(const T* a, const T* b, int64_t n) {
+    double parts[kWidth<T>] = {};
+    for (int64_t d = 0; d < n; d += kWidth<T>)
+        for (int64_t i = 0; i < kWidth<T>; ++i)
+            parts[i] += static_cast<double>(a[d + i]) * static_cast<double>(b[d + i]);
+    double total = 0;
+    for (double part : parts) total += part;
+    return total;
+}
+// y += a x
+template <class T>
+inline void add_scaled(T* y, T a, const T* x, int64_t n) {
+    const Vec<T> factor = splat(a);
+    for (int64_t d = 0; d < n; d += kWidth<T>) store(y + d, load(y + d) + factor * load(x + d));
+}
+
+// Is the token padding? `mask` [B, N] or null.
+inline bool is_padding(const bool* mask, int64_t batch, int64_t tokens, int64_t token) {
+    return mask && mask[batch * tokens + token];
+}

@@ -1,0 +1,25 @@
+// The functions of one instruction set, by dtype. Included last.
+
+template <class S, class T>
+constexpr Kernels make_table() {
+    return Kernels{
+        .summary_scratch = summary_scratch<S, T>,
+        .chunk_summary_fwd = chunk_summary_fwd<S, T>,
+        .chunk_summary_bwd = chunk_summary_bwd<S, T>,
+        .chunk_terms = chunk_terms<S, T>,
+        .terms_scratch = terms_scratch<S, T>,
+        .weight_grad = weight_grad<T>,
+        .attention_scratch = attention_scratch<S, T>,
+        .window_attention_fwd = window_attention_fwd<S, T>,
+        .window_attention_bwd_global = window_attention_bwd_global<S, T>,
+        .window_attention_bwd = window_attention_bwd<S, T>,
+        .prefix_scratch = prefix_scratch<S, T>,
+        .prefix_attention_fwd = prefix_attention_fwd<S, T>,
+        .prefix_attention_bwd = prefix_attention_bwd<S, T>,
+    };
+}
+
+constexpr Kernels kFloatTable = make_table<float, float>();
+constexpr Kernels kDoubleTable = make_table<double, double>();
+constexpr Kernels kBFloat16Table = make_table<BFloat16, float>();
+constexpr Kernels kHalfTable = make_table<Half, float>();

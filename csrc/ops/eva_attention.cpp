@@ -1,0 +1,107 @@
+#include "ops/eva_attention.h"
+
+#include "ops/autocast.h"
+#include "ops/autograd.h"
+#include "ops/schema.h"
+
+namespace eva_attn {
+namespace {
+
+void check_all(const Call& call) {
+    check_inputs(call);
+    check_summary(call);
+    check_attention(call);
+}
+
+void run_forward(const Call&, const Tensors<6>&) {}
+void run_backward(const Call&, const Tensor&, const Tensors<6>&, const Tensors<12>&) {}
+
+const std::string kOptions =
+    "SymInt[2] grid_size, SymInt[2] window_size, SymInt[2] chunk_size, SymInt[2] overlap=0, "
+    "SymInt[2] chunk_overlap=0, SymInt num_prefix_tokens=0, bool is_causal=False, " EVA_ATTN_WEIGHTS
+    ", Tensor? noise=None, Tensor? relative_bias=None, Tensor? landmark_bias=None, "
+    "Tensor? key_padding_mask=None, Tensor? dropout_seed=None, float dropout_p=0., "
+    "bool exclude_window_landmarks=False, float? scale=None, float norm_eps=1e-05, SymInt mean_divisor=0";
+const std::string kForwardResults =
+    "(Tensor output, Tensor logsumexp, Tensor landmark_key, Tensor landmark_value, Tensor key_mean, "
+    "Tensor query_mean)";
+const std::string kSaved = "Tensor output, Tensor logsumexp, Tensor landmark_key, Tensor landmark_value, "
+                           "Tensor key_mean, Tensor query_mean";
+const std::string kParameterGradients = EVA_ATTN_WEIGHT_GRADIENTS ", Tensor grad_relative_bias)";
+
+} // namespace
+
+Tensors<6> prepare_eva_attention(const Call& call) {
+    check_all(call);
+    const Tensor& query = call.query;
+    const auto accumulation = accumulation_dtype(query.scalar_type());
+    const auto batch = query.sym_size(0), heads = query.sym_size(1);
+    const c10::SymInt per_token[] = {batch, heads, query.sym_size(2)};
+    const c10::SymInt per_chunk[] = {batch, heads, call.geometry.num_chunks(), query.sym_size(3)};
+    return {empty_tokens(query),
+            empty_beside(query, per_token, accumulation),
+            empty_beside(query, per_chunk, query.scalar_type()),
+            empty_beside(query, per_chunk, query.scalar_type()),
+            empty_beside(query, per_chunk, accumulation),
+            empty_beside(query, per_chunk, accumulation)};
+}
+
+Tensors<12> prepare_eva_attention_backward(const Call& call, const Tensor& grad_output,
+                                           const Tensors<6>& outputs, const OptionalTensor& grad_qkv) {
+    check_all(call);
+    const Tensor& query = call.query;
+    const auto dtype = query.scalar_type(), accumulation = accumulation_dtype(dtype);
+    const auto batch = query.sym_size(0), heads = query.sym_size(1);
+    const c10::SymInt per_token[] = {batch, heads, query.sym_size(2)};
+    const c10::SymInt per_chunk[] = {batch, heads, call.geometry.num_chunks(), query.sym_size(3)};
+    const auto& [output, logsumexp, landmark_key, landmark_value, key_mean, query_mean] = outputs;
+    check_matches("grad_output", grad_output, query.sym_sizes(), dtype, query.device());
+    check_matches("output", output, query.sym_sizes(), dtype, query.device());
+    check_matches("logsumexp", logsumexp, per_token, accumulation, query.device());
+    check_matches("landmark_key", landmark_key, per_chunk, dtype, query.device());
+    check_matches("landmark_value", landmark_value, per_chunk, dtype, query.device());
+    check_matches("key_mean", key_mean, per_chunk, accumulation, query.device());
+    check_matches("query_mean", query_mean, per_chunk, accumulation, query.device());
+
+    const auto grad_tokens = [&](int64_t i) { return grad_qkv ? unpack(*grad_qkv, i) : empty_tokens(query); };
+    return std::tuple_cat(std::make_tuple(grad_tokens(0), grad_tokens(1), grad_tokens(2)),
+                          empty_weight_gradients(call),
+                          std::make_tuple(empty_gradient(query, call.attention.relative_bias)));
+}
+
+void set_qkv(Call& call, const Tensor& qkv) {
+    check_qkv(qkv);
+    call.query = unpack(qkv, 0), call.key = unpack(qkv, 1), call.value = unpack(qkv, 2);
+}
+
+TORCH_LIBRARY_FRAGMENT(eva_attn, m) {
+    define(m, "eva_attention(Tensor query, Tensor key, Tensor value, *, " + kOptions + ") -> " +
+                  kForwardResults);
+    define(m, "eva_attention_qkvpacked(Tensor qkv, *, " + kOptions + ") -> " + kForwardResults);
+    define(m, "eva_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, " + kSaved +
+                  ", *, " + kOptions + ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, " +
+                  kParameterGradients);
+    define(m, "eva_attention_qkvpacked_backward(Tensor grad_output, Tensor qkv, " + kSaved + ", *, " +
+                  kOptions + ") -> (Tensor grad_qkv, " + kParameterGradients);
+}
+
+TORCH_LIBRARY_IMPL(eva_attn, Meta, m) { EvaAttentionBackend<run_forward, run_backward>::implement(m); }
+
+TORCH_LIBRARY_IMPL(eva_attn, Autograd, m) {
+    m.impl("eva_attention", &AutogradForward<EvaAttention>::call);
+    m.impl("eva_attention_backward", &AutogradBackward<EvaAttention>::call);
+    m.impl("eva_attention_qkvpacked", &AutogradForward<EvaAttentionQkvpacked>::call);
+    m.impl("eva_attention_qkvpacked_backward", &AutogradBackward<EvaAttentionQkvpacked>::call);
+}
+
+TORCH_LIBRARY_IMPL(eva_attn, AutocastCPU, m) {
+    m.impl("eva_attention", &Autocast<EvaAttention, at::kCPU>::forward);
+    m.impl("eva_attention_qkvpacked", &Autocast<EvaAttentionQkvpacked, at::kCPU>::forward);
+}
+
+TORCH_LIBRARY_IMPL(eva_attn, AutocastCUDA, m) {
+    m.impl("eva_attention", &Autocast<EvaAttention, at::kCUDA>::forward);
+    m.impl("eva_attention_qkvpacked", &Autocast<EvaAttentionQkvpacked, at::kCUDA>::forward);
+}
+
+} // namespace eva_attn

@@ -1,0 +1,26 @@
+// A build without CUDA kernels says so.
+#include <torch/library.h>
+
+#if !EVA_ATTN_WITH_CUDA
+namespace eva_attn {
+namespace {
+
+void unavailable(const c10::OperatorHandle& op, torch::jit::Stack*) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false, op.operator_name(),
+        ": eva_attn has no CUDA kernels in this build; move the tensors to the CPU, or "
+        "rebuild eva_attn where nvcc and a torch with CUDA are found");
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(eva_attn, CUDA, m) {
+    for (const char* name : {"eva_attention", "eva_attention_backward", "eva_attention_qkvpacked",
+                             "eva_attention_qkvpacked_backward", "chunk_summary", "chunk_summary_backward",
+                             "window_attention", "window_attention_backward"}) {
+        m.impl(name, torch::CppFunction::makeFromBoxedFunction<&unavailable>());
+    }
+}
+
+} // namespace eva_attn
+#endif

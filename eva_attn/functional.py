@@ -1,0 +1,367 @@
+"""Attention functions: what an operator needs is put together here, and computed in `torch.ops.eva_attn`."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import geometry
+from .geometry import Pair, Size
+
+if TYPE_CHECKING:
+    from .modules import LandmarkProjection
+
+
+def eva_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window_size: Size,
+    chunk_size: Size,
+    grid_size: Pair | None = None,
+    num_prefix_tokens: int = 0,
+    overlap: Size = 0,
+    chunk_overlap: Size = 0,
+    is_causal: bool = False,
+    projection: "LandmarkProjection | None" = None,
+    noise: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    landmark_bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    exclude_window_landmarks: bool = False,
+    log_count_bias: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """EVA: one softmax over the keys of the query's window and the landmarks of all chunks.
+
+    Source: Zheng, Yuan, Wang, Kong, "Efficient Attention via Control Variates", ICLR 2023, arXiv:2302.04542.
+    Time and memory are linear in the number of tokens for a fixed number of landmarks. Accumulates in
+    float32, for float64 input in float64.
+
+    Args:
+        query, key, value: [B, H, N, D], any strides; float32, float64, bfloat16 or float16. Attention runs
+            within one sequence, so all three have one shape.
+        window_size: tokens of a window; (height, width) on a grid, where an int means both. Windows tile the
+            tokens after the prefix.
+        chunk_size: tokens that one landmark stands for, in the same form; C chunks tile the tokens after the
+            prefix.
+        grid_size: (height, width) of the tokens after the prefix, row-major. None: a sequence.
+        num_prefix_tokens: leading tokens (class, registers) that attend to all tokens, that all attend to,
+            and that are in no chunk.
+        overlap: how many tokens further than its window a query sees on every side (causal: before it only).
+        chunk_overlap: how many tokens further than its chunk a landmark summarises on every side.
+        is_causal: a query sees no later key and only landmarks of chunks that ended before its own.
+        projection: makes landmarks from the means of chunks; None leaves the means as they are ("identity").
+        noise: [B, H, C, D], added to the mean mu of the random features; None = 0. Gets no gradient.
+        relative_bias: [H or 1, 2 (w + e) - 1], on a grid [H or 1, 2 (w_h + e_h) - 1, 2 (w_w + e_w) - 1], with
+            w the window and e the overlap: added to the logits of window keys by offset = key - query,
+            ascending.
+        landmark_bias: [B, C], added to the logits of landmarks; -inf drops one. Gets no gradient.
+        key_padding_mask: bool [B, N], True = padding: attended to by nobody, in no summary, output 0,
+            whatever it holds.
+        exclude_window_landmarks: drop a landmark where the query's window holds all the tokens that it stands
+            for.
+        log_count_bias: add the logarithm of the number of tokens that a landmark stands for to its logits.
+        dropout_p: probability of dropping each weight after the softmax, in [0, 1).
+        scale: factor of the scores; None = D**-0.5.
+
+        `noise`, `relative_bias` and `landmark_bias` have query's dtype or float32.
+
+    Returns:
+        [B, H, N, D] of query's dtype, a view of [B, N, H, D] memory. A query that may attend to nothing gets
+        zeros.
+
+    Raises:
+        ValueError: a shape or value that is not supported, by name. TypeError: likewise a type or dtype.
+    """
+    if query.dim() != 4:
+        raise ValueError(f"query: expected [B, H, N, D], got shape {tuple(query.shape)}")
+    options = _options(
+        query.shape[0],
+        query.shape[2],
+        query,
+        window_size,
+        chunk_size,
+        grid_size,
+        num_prefix_tokens,
+        overlap,
+        chunk_overlap,
+        is_causal,
+        relative_bias,
+        landmark_bias,
+        key_padding_mask,
+        exclude_window_landmarks,
+        log_count_bias,
+        dropout_p,
+        scale,
+    )
+    return torch.ops.eva_attn.eva_attention(
+        query, key, value, **options, **_projection(projection), noise=noise
+    )[0]
+
+
+def eva_attention_qkvpacked(
+    qkv: Tensor,
+    *,
+    window_size: Size,
+    chunk_size: Size,
+    grid_size: Pair | None = None,
+    num_prefix_tokens: int = 0,
+    overlap: Size = 0,
+    chunk_overlap: Size = 0,
+    is_causal: bool = False,
+    projection: "LandmarkProjection | None" = None,
+    noise: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    landmark_bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    exclude_window_landmarks: bool = False,
+    log_count_bias: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """`eva_attention` of query, key and value packed as `qkv` [B, N, 3, H, D].
+
+    The gradient comes back packed as well, so that neither way copies. Arguments and errors are those of
+    `eva_attention`.
+    """
+    if qkv.dim() != 5:
+        raise ValueError(f"qkv: expected [B, N, 3, H, D], got shape {tuple(qkv.shape)}")
+    options = _options(
+        qkv.shape[0],
+        qkv.shape[1],
+        qkv,
+        window_size,
+        chunk_size,
+        grid_size,
+        num_prefix_tokens,
+        overlap,
+        chunk_overlap,
+        is_causal,
+        relative_bias,
+        landmark_bias,
+        key_padding_mask,
+        exclude_window_landmarks,
+        log_count_bias,
+        dropout_p,
+        scale,
+    )
+    return torch.ops.eva_attn.eva_attention_qkvpacked(qkv, **options, **_projection(projection), noise=noise)[
+        0
+    ]
+
+
+def chunk_summary(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    chunk_size: Size,
+    grid_size: Pair | None = None,
+    num_prefix_tokens: int = 0,
+    chunk_overlap: Size = 0,
+    is_causal: bool = False,
+    projection: "LandmarkProjection | None" = None,
+    noise: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    mean_divisor: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The first half of `eva_attention`: landmark keys and values, each [B, H, C, D] of query's dtype.
+
+    `mean_divisor` stands in for the number of valid tokens in the means of every chunk; 0 = that number.
+    Other arguments and errors are those of `eva_attention`.
+    """
+    if query.dim() != 4:
+        raise ValueError(f"query: expected [B, H, N, D], got shape {tuple(query.shape)}")
+    return torch.ops.eva_attn.chunk_summary(
+        query,
+        key,
+        value,
+        grid_size=geometry.grid(grid_size, query.shape[2], num_prefix_tokens),
+        chunk_size=geometry.pair("chunk_size", chunk_size, grid_size, 1),
+        chunk_overlap=geometry.pair("chunk_overlap", chunk_overlap, grid_size, 0),
+        num_prefix_tokens=num_prefix_tokens,
+        is_causal=is_causal,
+        noise=noise,
+        key_padding_mask=key_padding_mask,
+        scale=scale,
+        mean_divisor=mean_divisor,
+        **_projection(projection),
+    )[:2]
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    landmark_key: Tensor | None = None,
+    landmark_value: Tensor | None = None,
+    *,
+    window_size: Size,
+    chunk_size: Size = 1,
+    grid_size: Pair | None = None,
+    num_prefix_tokens: int = 0,
+    overlap: Size = 0,
+    chunk_overlap: Size = 0,
+    is_causal: bool = False,
+    relative_bias: Tensor | None = None,
+    landmark_bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    exclude_window_landmarks: bool = False,
+    log_count_bias: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """The second half of `eva_attention`: attention to the window and to landmarks [B, H, C, D] of chunks of
+    `chunk_size`.
+
+    Without landmarks, plain window attention. Other arguments, result and errors are those of
+    `eva_attention`.
+    """
+    if query.dim() != 4:
+        raise ValueError(f"query: expected [B, H, N, D], got shape {tuple(query.shape)}")
+    options = _options(
+        query.shape[0],
+        query.shape[2],
+        query,
+        window_size,
+        chunk_size,
+        grid_size,
+        num_prefix_tokens,
+        overlap,
+        chunk_overlap,
+        is_causal,
+        relative_bias,
+        landmark_bias,
+        key_padding_mask,
+        exclude_window_landmarks,
+        log_count_bias and landmark_key is not None,
+        dropout_p,
+        scale,
+    )
+    return torch.ops.eva_attn.window_attention(query, key, value, landmark_key, landmark_value, **options)[0]
+
+
+def draw_dropout_seed(device: torch.device) -> Tensor:
+    """The seed of one call's dropout: an int64 scalar on `device`, from its generator."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def _options(
+    batch: int,
+    num_tokens: int,
+    query: Tensor,
+    window_size: Size,
+    chunk_size: Size,
+    grid_size: Pair | None,
+    num_prefix_tokens: int,
+    overlap: Size,
+    chunk_overlap: Size,
+    is_causal: bool,
+    relative_bias: Tensor | None,
+    landmark_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    exclude_window_landmarks: bool,
+    log_count_bias: bool,
+    dropout_p: float,
+    scale: float | None,
+) -> dict[str, Any]:
+    """The operators' form of the arguments of joint attention: all geometry as on a grid, counts in
+    `landmark_bias`."""
+    grid = geometry.grid(grid_size, num_tokens, num_prefix_tokens)
+    chunk = geometry.pair("chunk_size", chunk_size, grid_size, 1)
+    chunk_reach = geometry.pair("chunk_overlap", chunk_overlap, grid_size, 0)
+    if log_count_bias:
+        landmark_bias = _add_log_counts(
+            landmark_bias,
+            batch,
+            num_tokens,
+            query,
+            grid,
+            chunk,
+            chunk_reach,
+            num_prefix_tokens,
+            key_padding_mask,
+        )
+    if relative_bias is not None and grid_size is None and relative_bias.dim() == 2:
+        relative_bias = relative_bias.unsqueeze(1)
+    return {
+        "grid_size": grid,
+        "window_size": geometry.pair("window_size", window_size, grid_size, 1),
+        "chunk_size": chunk,
+        "overlap": geometry.pair("overlap", overlap, grid_size, 0),
+        "chunk_overlap": chunk_reach,
+        "num_prefix_tokens": num_prefix_tokens,
+        "is_causal": is_causal,
+        "relative_bias": relative_bias,
+        "landmark_bias": landmark_bias,
+        "key_padding_mask": key_padding_mask,
+        "dropout_seed": draw_dropout_seed(query.device) if dropout_p > 0 else None,
+        "dropout_p": dropout_p,
+        "exclude_window_landmarks": exclude_window_landmarks,
+        "scale": scale,
+    }
+
+
+def _add_log_counts(
+    landmark_bias: Tensor | None,
+    batch: int,
+    num_tokens: int,
+    query: Tensor,
+    grid: Pair,
+    chunk: Pair,
+    chunk_overlap: Pair,
+    num_prefix_tokens: int,
+    key_padding_mask: Tensor | None,
+) -> Tensor | None:
+    """`landmark_bias` plus the logarithm of the number of valid tokens of each chunk: [B, C].
+
+    Arguments that cannot be counted with are left to the operator, which refuses them by name.
+    """
+    height, width = grid
+    if (
+        chunk[0] < 1
+        or chunk[1] < 1
+        or height < 0
+        or width < 0
+        or height * width + num_prefix_tokens != num_tokens
+    ):
+        return landmark_bias
+    padding = None
+    if key_padding_mask is not None:
+        if key_padding_mask.dtype != torch.bool or key_padding_mask.shape != (batch, num_tokens):
+            return landmark_bias
+        if key_padding_mask.device != query.device:
+            return landmark_bias
+        padding = key_padding_mask[:, num_prefix_tokens:].reshape(batch, height, width)
+    counts = geometry.chunk_token_counts(grid, chunk, chunk_overlap, padding, query.device)
+    log_counts = counts.to(torch.float64 if query.dtype == torch.float64 else torch.float32).log()
+    log_counts = log_counts.expand(batch, log_counts.shape[-1])
+    if landmark_bias is None:
+        return log_counts
+    if landmark_bias.shape != log_counts.shape or not landmark_bias.is_floating_point():
+        return landmark_bias
+    if landmark_bias.device != query.device:
+        return landmark_bias
+    return landmark_bias + log_counts
+
+
+def _projection(projection: "LandmarkProjection | None") -> dict[str, Any]:
+    """The operators' arguments for a projection: none for the identity."""
+    if projection is None:
+        return {}
+    if not isinstance(projection, torch.nn.Module):
+        raise TypeError(f"projection: expected a LandmarkProjection or None, got {projection!r}")
+    arguments: dict[str, Any] = {}
+    for name, branch in (("key", projection.key), ("query", projection.query)):
+        if branch is None:
+            continue
+        linear, *norms = branch
+        arguments[f"{name}_weight"], arguments[f"{name}_bias"] = linear.weight, linear.bias
+        for norm in norms:
+            arguments[f"{name}_norm_weight"], arguments[f"{name}_norm_bias"] = norm.weight, norm.bias
+            arguments["norm_eps"] = norm.eps
+    return arguments

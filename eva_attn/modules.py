@@ -1,0 +1,312 @@
+"""Modules: the parameters around the functions of `eva_attn.functional`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import geometry
+from .functional import eva_attention, eva_attention_qkvpacked
+from .geometry import Pair, Size
+
+_PROJECTION_KINDS = ("linear-layernorm", "linear", "key-only", "identity")
+
+
+class LandmarkProjection(nn.Module):
+    """What turns the mean key and query of a chunk into its landmark key and query, shared by all heads.
+
+    It holds parameters only, for `eva_attention(projection=...)` to use.
+
+    Args:
+        head_dim: D.
+        kind: "linear-layernorm": `Linear(D, D)` then `LayerNorm(D)` for key and for query, as in Zheng et al.
+            (ICLR 2023); "linear": without the norms; "key-only": with the norm, for the key alone, so that
+            the random features are centred on 0; "identity": no parameters.
+
+    Linear weights start as a truncated normal of deviation 0.02 and their biases at 0, as the authors' do.
+    ValueError for another kind.
+    """
+
+    key: nn.Sequential | None
+    query: nn.Sequential | None
+
+    def __init__(
+        self,
+        head_dim: int,
+        kind: str = "linear-layernorm",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if kind not in _PROJECTION_KINDS:
+            raise ValueError(
+                f"projection: expected one of {', '.join(map(repr, _PROJECTION_KINDS))}, got {kind!r}"
+            )
+        _at_least("head_dim", head_dim, 1)
+        self.kind = kind
+
+        def branch() -> nn.Sequential:
+            layers: list[nn.Module] = [nn.Linear(head_dim, head_dim, device=device, dtype=dtype)]
+            if kind != "linear":
+                layers.append(nn.LayerNorm(head_dim, device=device, dtype=dtype))
+            return nn.Sequential(*layers)
+
+        self.key = branch() if kind != "identity" else None
+        self.query = branch() if kind in ("linear-layernorm", "linear") else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises the layers of both branches."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind!r}"
+
+
+class EVAttention(nn.Module):
+    """Multi-head self-attention with EVA, in place of softmax attention.
+
+    Args:
+        dim: channels of input and output. `num_heads` divides it.
+        window_size, chunk_size, overlap, chunk_overlap, num_prefix_tokens, exclude_window_landmarks,
+            log_count_bias: see `eva_attn.eva_attention`.
+        num_landmarks: where `chunk_size` is None, it is n // num_landmarks for n tokens after the prefix, on
+            a grid the integer root of that both ways, and at least 1.
+        grid_size: (height, width) of the tokens after the prefix, where `forward` is not told.
+        projection: kind of `LandmarkProjection`.
+        relative_bias: None; "table": one trained value per head and offset, for a grid iff `grid_size` or a
+            pair as `window_size` is given here; "t5": one per head and T5 bucket of the offset (Raffel et
+            al., 2020), sequences only.
+        qk_norm: makes from the head dimension a module for the queries, and one for the keys, [B, N, H, D].
+        attn_drop, proj_drop: dropout of attention weights and of the output, in training.
+
+    Parameters are `qkv`, `proj`, `landmark_projection`, `relative_bias`, `q_norm` and `k_norm`. Linear layers
+    start as torch's do, relative biases as a truncated normal of deviation 0.02, `landmark_projection` as
+    written there. ValueError for arguments that are not supported, by name.
+    """
+
+    t5_buckets: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        window_size: Size = 7,
+        num_landmarks: int = 49,
+        chunk_size: Size | None = None,
+        grid_size: Pair | None = None,
+        overlap: Size = 0,
+        chunk_overlap: Size = 0,
+        projection: str = "linear-layernorm",
+        relative_bias: str | None = None,
+        qkv_bias: bool = True,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        num_prefix_tokens: int = 0,
+        exclude_window_landmarks: bool = False,
+        log_count_bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _at_least("num_heads", num_heads, 1)
+        if dim < 1 or dim % num_heads:
+            raise ValueError(f"dim: expected a positive multiple of num_heads = {num_heads}, got {dim}")
+        _at_least("num_landmarks", num_landmarks, 1)
+        _at_least("num_prefix_tokens", num_prefix_tokens, 0)
+        sizes = {
+            "window_size": (window_size, 1),
+            "overlap": (overlap, 0),
+            "chunk_overlap": (chunk_overlap, 0),
+        }
+        if chunk_size is not None:
+            sizes["chunk_size"] = (chunk_size, 1)
+        for name, (size, minimum) in sizes.items():
+            for length in geometry.pair(name, size, (1, 1), 1):
+                _at_least(name, length, minimum)
+        if grid_size is not None:
+            for length in geometry.grid(grid_size, 0, 0):
+                _at_least("grid_size", length, 1)
+        if not 0 <= attn_drop < 1:
+            raise ValueError(f"attn_drop: expected a probability in [0, 1), got {attn_drop}")
+        if relative_bias not in (None, "table", "t5"):
+            raise ValueError(f"relative_bias: expected None, 'table' or 't5', got {relative_bias!r}")
+
+        self.dim = dim
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.window_size = window_size
+        self.num_landmarks = num_landmarks
+        self.chunk_size = chunk_size
+        self.grid_size = grid_size
+        self.overlap = overlap
+        self.chunk_overlap = chunk_overlap
+        self.relative_bias_kind = relative_bias
+        self.attn_drop = attn_drop
+        self.num_prefix_tokens = num_prefix_tokens
+        self.exclude_window_landmarks = exclude_window_landmarks
+        self.log_count_bias = log_count_bias
+
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.q_norm = qk_norm(self.head_dim).to(device=device, dtype=dtype) if qk_norm else None
+        self.k_norm = qk_norm(self.head_dim).to(device=device, dtype=dtype) if qk_norm else None
+        self.landmark_projection = LandmarkProjection(self.head_dim, projection, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+        self._bias_is_2d = grid_size is not None or not isinstance(window_size, int)
+        if relative_bias == "t5" and self._bias_is_2d:
+            raise ValueError(
+                "relative_bias: 't5' is supported on sequences, 'table' on grids as well, "
+                f"got 't5' with grid_size = {grid_size}, window_size = {window_size}"
+            )
+        if relative_bias is None:
+            self.register_parameter("relative_bias", None)
+        else:
+            layout = (1, 1) if self._bias_is_2d else None
+            window, beyond = (
+                geometry.pair("window_size", window_size, layout, 1),
+                geometry.pair("overlap", overlap, layout, 0),
+            )
+            self._reach = (window[0] + beyond[0], window[1] + beyond[1])
+            offsets = [2 * reach - 1 for reach in self._reach[0 if self._bias_is_2d else 1 :]]
+            if relative_bias == "t5":
+                # Follows from the arguments, so it is in no checkpoint.
+                buckets = torch.empty(offsets, dtype=torch.int64, device=device)
+                self.register_buffer("t5_buckets", buckets, persistent=False)
+                shape = [geometry.t5_num_buckets(self._reach[1]), num_heads]
+            else:
+                shape = [num_heads, *offsets]
+            self.relative_bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises what is not in a submodule: the relative bias."""
+        if self.relative_bias is not None:
+            nn.init.trunc_normal_(self.relative_bias, std=0.02)
+        if self.relative_bias_kind == "t5":
+            reach = self._reach[1]
+            offsets = torch.arange(1 - reach, reach, device=self.t5_buckets.device)
+            self.t5_buckets.copy_(geometry.t5_buckets(offsets, geometry.t5_num_buckets(reach), reach))
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        grid_size: Pair | None = None,
+        key_padding_mask: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Attention among the tokens of `x`, in its shape.
+
+        Args:
+            x: [B, N, dim], or [B, height, width, dim], whose shape is then the grid (no prefix tokens).
+            grid_size: stands in for that given at construction.
+            key_padding_mask: bool [B, N], on a grid [B, height width]; True = padding.
+            noise: [B, H, C, D]; None draws it from N(0, 1) in training, in float32, and is 0 otherwise.
+        """
+        shape = x.shape
+        grid_size = self._grid_size(shape, grid_size)
+        x = x.flatten(1, -2)
+        batch, num_tokens = x.shape[0], x.shape[1]
+        grid = geometry.grid(grid_size, num_tokens, self.num_prefix_tokens)
+        chunk_size = self.chunk_size
+        if chunk_size is None:
+            chunk_size = geometry.default_chunk_size(grid, self.num_landmarks, grid_size is not None)
+        if noise is None and self.training:
+            rows, columns = geometry.chunk_grid(grid, geometry.pair("chunk_size", chunk_size, grid_size, 1))
+            noise = torch.randn(
+                batch, self.num_heads, rows * columns, self.head_dim, device=x.device, dtype=torch.float32
+            )
+        options: dict[str, Any] = {
+            "window_size": self.window_size,
+            "chunk_size": chunk_size,
+            "grid_size": grid_size,
+            "num_prefix_tokens": self.num_prefix_tokens,
+            "overlap": self.overlap,
+            "chunk_overlap": self.chunk_overlap,
+            "projection": self.landmark_projection,
+            "noise": noise,
+            "relative_bias": self._offset_bias(),
+            "key_padding_mask": key_padding_mask,
+            "exclude_window_landmarks": self.exclude_window_landmarks,
+            "log_count_bias": self.log_count_bias,
+            "dropout_p": self.attn_drop if self.training else 0.0,
+        }
+        qkv = self.qkv(x).reshape(batch, num_tokens, 3, self.num_heads, self.head_dim)
+        if self.q_norm is None or self.k_norm is None:
+            out = eva_attention_qkvpacked(qkv, **options)
+        else:
+            query, key, value = qkv.unbind(2)
+            query, key = self.q_norm(query), self.k_norm(key)
+            out = eva_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), **options)
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(shape)))
+
+    def _grid_size(self, shape: torch.Size, grid_size: Pair | None) -> Pair | None:
+        """The grid that an `x` of `shape` lies on, None for a sequence; refuses what does not fit."""
+        prefix = self.num_prefix_tokens
+        if len(shape) not in (3, 4) or shape[-1] != self.dim:
+            raise ValueError(
+                f"x: expected [B, N, {self.dim}] or [B, height, width, {self.dim}], got {tuple(shape)}"
+            )
+        if len(shape) == 4:
+            if prefix:
+                raise ValueError(
+                    f"x: expected [B, N, {self.dim}] with num_prefix_tokens = {prefix}, got {tuple(shape)}"
+                )
+            own = (shape[1], shape[2])
+            if grid_size is not None and tuple(grid_size) != own:
+                raise ValueError(f"grid_size: expected None or that of x, {own}, got {grid_size}")
+            grid_size = own
+        else:
+            if shape[1] < prefix:
+                raise ValueError(
+                    f"x: expected at least num_prefix_tokens = {prefix} tokens, got {tuple(shape)}"
+                )
+            grid_size = self.grid_size if grid_size is None else grid_size
+        if self.relative_bias is not None and self._bias_is_2d != (grid_size is not None):
+            expected = "(height, width)" if self._bias_is_2d else "None"
+            raise ValueError(
+                f"grid_size: expected {expected}, as relative_bias = {self.relative_bias_kind!r} was made, "
+                f"got {grid_size}"
+            )
+        return grid_size
+
+    def _offset_bias(self) -> Tensor | None:
+        """The relative bias by offset, as `eva_attention` takes it."""
+        if self.relative_bias_kind != "t5":
+            return self.relative_bias
+        return self.relative_bias[self.t5_buckets].t() * self.head_dim**-0.5
+
+    def extra_repr(self) -> str:
+        options = {
+            "dim": self.dim,
+            "num_heads": self.num_heads,
+            "window_size": self.window_size,
+            "chunk_size": self.chunk_size,
+            "grid_size": self.grid_size,
+            "overlap": self.overlap,
+            "chunk_overlap": self.chunk_overlap,
+            "relative_bias": self.relative_bias_kind,
+            "num_prefix_tokens": self.num_prefix_tokens,
+            "exclude_window_landmarks": self.exclude_window_landmarks,
+            "log_count_bias": self.log_count_bias,
+            "attn_drop": self.attn_drop,
+        }
+        if self.chunk_size is None:
+            options["num_landmarks"] = self.num_landmarks
+        return ", ".join(f"{name}={value!r}" for name, value in options.items() if value)
+
+
+def _at_least(name: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
