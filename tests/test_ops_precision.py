@@ -1,0 +1,79 @@
+"""Rounding: errors are at most twice those of the same formula in eager code of the same dtype."""
+
+from dataclasses import replace
+
+import op_cases
+import pytest
+import torch
+from op_cases import DEVICES, Case, outcome
+from torch import Tensor
+
+from eva_attn import functional, reference
+
+CASES = {
+    "sequence": Case(200, 16, 8, kind="linear-layernorm", bias="per head", head_dim=64),
+    "sequence-overlap": Case(
+        150,
+        13,
+        5,
+        overlap=4,
+        chunk_overlap=2,
+        prefix=2,
+        kind="linear",
+        noise=True,
+        bias="shared",
+        head_dim=33,
+    ),
+    "grid": Case((14, 14), 7, 2, kind="linear-layernorm", bias="per head", head_dim=64, packed=True),
+    "grid-options": Case((11, 13), 4, 3, overlap=1, exclude=True, log_count=True, head_dim=48, noise=True),
+}
+
+
+def eager_computed(x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """In place of the oracle's conversion to float32."""
+    return x if key_padding_mask is None else x.masked_fill(key_padding_mask[:, None, :, None], 0.0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("stretch", [1.0, 8.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CASES)
+def test_errors_beside_eager_code(
+    name: str, dtype: torch.dtype, stretch: float, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the mean over each output and gradient, and at its worst; with outliers for `stretch` > 1."""
+    case = replace(CASES[name], batch=2, heads=2)
+    given = op_cases.arguments(case, device, dtype, stretch)
+    exact = op_cases.arguments(case, device, torch.float64, stretch)
+    with torch.no_grad():
+        for name, x in exact.inputs.items():
+            x.copy_(given.inputs[name])
+        exact.cotangent.copy_(given.cotangent)
+        if case.noise:
+            exact.options["noise"].copy_(given.options["noise"])
+    expected = outcome(reference, case, exact)
+    actual = outcome(functional, case, given)
+    monkeypatch.setattr(reference, "_computed", eager_computed)
+    eager = outcome(reference, case, given)
+    for name, x in expected.items():
+        error, eager_error = ((found[name].double() - x).abs() for found in (actual, eager))
+        # One rounding of the largest number in float32, for errors of eager code that happen to be smaller.
+        floor = 6e-8 * x.abs().max()
+        assert error.square().mean().sqrt() <= 2 * eager_error.square().mean().sqrt() + floor, name
+        assert error.max() <= 2 * eager_error.max() + floor, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_parameters_with_half_precision(dtype: torch.dtype, device: str) -> None:
+    """Weights, bias and noise may stay in float32, are not rounded, and get gradients of float32."""
+    case = replace(CASES["sequence-overlap"], landmark_bias=True)
+    half, single = (op_cases.arguments(case, device, x) for x in (dtype, torch.float32))
+    mixed = replace(single, inputs={**single.inputs, "qkv": half.inputs["qkv"]}, cotangent=half.cotangent)
+    found = outcome(functional, case, mixed)
+    expected = outcome(reference, case, mixed)
+    for name, x in expected.items():
+        assert found[name].dtype == x.dtype
+        # Two roundings to the dtype, of the landmarks and of the result.
+        tolerance = 4 * torch.finfo(dtype).eps * max(1.0, x.abs().max().item())
+        torch.testing.assert_close(found[name], x, rtol=0.0, atol=tolerance)
