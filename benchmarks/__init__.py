@@ -1,0 +1,1 @@
+"""Measurements of eva_attn against its peers."""

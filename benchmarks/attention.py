@@ -1,0 +1,222 @@
+"""The attention core against its peers: `python -m benchmarks.attention`.
+
+EVA runs through `eva_attn.eva_attention_qkvpacked`, `scaled_dot_product_attention` on contiguous q, k, v,
+in the same process, call by call in turn. The ratio is SDPA's time over the peer's, both of the same round,
+median over rounds. GFLOP/s and GB/s divide what the mathematics needs at least (`benchmarks.cases`) by the
+time taken, whatever was really computed or moved.
+"""
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from . import harness
+from .cases import CASES, Case, least_bytes
+from .peers import make_peers
+
+DEFAULT_CASES = {
+    "cpu": ["deit_s_196", "deit_t_784", "pvt_3136", "grid_16384"],
+    "cuda": ["deit_s_196", "deit_t_784", "pvt_3136", "grid_16384", "seq_65536"],
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PASSES = {"forward": False, "forward + backward": True}
+
+
+@dataclass
+class Result:
+    """One peer on one case; times in milliseconds, memory in bytes."""
+
+    case: str
+    shape: list[int]
+    dtype: str
+    threads: int
+    direction: str
+    peer: str
+    milliseconds: float
+    fastest: float
+    times_faster_than_sdpa: float
+    gflops: float
+    gbs: float
+    of_matmul: float
+    of_copy: float
+    rounds: int
+    peak_bytes: int | None = None
+
+
+def run_case(
+    case: Case,
+    device: torch.device,
+    dtype: str,
+    ceiling: dict[str, float],
+    *,
+    repeats: int,
+    peers: list[str] | None = None,
+    memory: bool = True,
+) -> list[Result]:
+    """Measures the peers on `case` with the threads set now."""
+    batch, heads = case.batch_and_heads(device.type)
+    chosen = {
+        name: peer
+        for name, peer in make_peers(case, device, DTYPES[dtype]).items()
+        if peers is None or name in peers
+    }
+    results = []
+    for direction, backward in PASSES.items():
+        calls = {
+            name: harness.forward_and_backward(peer.function, peer.leaves)
+            if backward
+            else harness.forward_only(peer.function)
+            for name, peer in chosen.items()
+        }
+        timings = harness.measure(calls, device, repeats=repeats)
+        for name, timing in timings.items():
+            gflops = batch * heads * chosen[name].flops(case, backward) / timing.median / 1e9
+            gbs = batch * heads * least_bytes(case, DTYPES[dtype].itemsize, backward) / timing.median / 1e9
+            results.append(
+                Result(
+                    case=case.name,
+                    shape=[batch, heads, *case.grid, case.head_dim],
+                    dtype=dtype,
+                    threads=torch.get_num_threads(),
+                    direction=direction,
+                    peer=name,
+                    milliseconds=timing.median * 1e3,
+                    fastest=min(timing.seconds) * 1e3,
+                    times_faster_than_sdpa=timing.times_faster_than(timings["sdpa"]),
+                    gflops=gflops,
+                    gbs=gbs,
+                    of_matmul=gflops / ceiling["matmul_gflops"],
+                    of_copy=gbs / ceiling["copy_gbs"],
+                    rounds=len(timing.seconds),
+                    peak_bytes=harness.peak_memory(calls[name], device) if memory else None,
+                )
+            )
+    return results
+
+
+def title(case: Case, device: torch.device, dtype: str) -> str:
+    batch, heads = case.batch_and_heads(device.type)
+    (height, width), (rows, columns) = case.grid, case.window
+    return (
+        f"{case.name}: B {batch}, H {heads}, {height} x {width} tokens, D {case.head_dim}, windows {rows} x "
+        f"{columns}, {case.landmarks} landmarks, {dtype}, {torch.get_num_threads()} threads"
+    )
+
+
+def table(results: list[Result]) -> str:
+    """The peers of one case, dtype and number of threads, forward above forward + backward."""
+    header = ["", "ms", "x sdpa", "GFLOP/s", "of matmul", "GB/s", "of copy", "peak MiB"]
+    rows = []
+    for direction in PASSES:
+        rows.append([f"{direction}:"] + [""] * (len(header) - 1))
+        for r in results:
+            if r.direction == direction:
+                rows.append(
+                    [
+                        f"  {r.peer}",
+                        f"{r.milliseconds:.3f}" if r.milliseconds < 10 else f"{r.milliseconds:.1f}",
+                        f"{r.times_faster_than_sdpa:.2f}",
+                        f"{r.gflops:.0f}",
+                        f"{r.of_matmul:.0%}",
+                        f"{r.gbs:.1f}",
+                        f"{r.of_copy:.0%}",
+                        "-" if r.peak_bytes is None else f"{r.peak_bytes / 2**20:.1f}",
+                    ]
+                )
+    return harness.format_table(header, rows)
+
+
+def scaling_table(results: list[Result]) -> str:
+    """How much faster EVA and SDPA get with threads."""
+    threads = sorted({r.threads for r in results})
+    header = ["", *(f"{n} threads, ms" for n in threads), *(f"x of {threads[0]}" for _ in threads[1:])]
+    by_key = {(r.case, r.dtype, r.direction, r.peer, r.threads): r.milliseconds for r in results}
+    rows = []
+    for case, dtype, direction, peer in dict.fromkeys(key[:-1] for key in by_key):
+        times = [by_key[case, dtype, direction, peer, n] for n in threads]
+        if peer in ("eva", "sdpa"):
+            ratios = [f"{times[0] / t:.2f}" for t in times[1:]]
+            name = f"{case} {dtype} {direction}, {peer}"
+            rows.append([name, *(f"{t:.2f}" for t in times), *ratios])
+    return harness.format_table(header, rows)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), metavar="NAME", help=", ".join(CASES))
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=list(DTYPES),
+        help="default: float32 (and bfloat16 for deit_t_784) on the CPU, bfloat16 on CUDA",
+    )
+    parser.add_argument(
+        "--peers", nargs="+", metavar="PEER", help="only these, beside eva and sdpa (default: all)"
+    )
+    parser.add_argument(
+        "--threads", type=int, nargs="+", help="CPU threads; several print how the time scales"
+    )
+    parser.add_argument("--repeats", type=int, default=20, help="rounds (default: 20)")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there as well")
+    return parser.parse_args(arguments)
+
+
+def dtypes_of(case: str, options: argparse.Namespace) -> list[str]:
+    if options.dtype:
+        return options.dtype
+    if options.device == "cuda":
+        return ["bfloat16"]
+    return ["float32", "bfloat16"] if case == "deit_t_784" else ["float32"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    device = torch.device(options.device)
+    all_threads = options.threads or [torch.get_num_threads()]
+    peers = None if options.peers is None else ["eva", "sdpa", *options.peers]
+    facts = harness.environment(device)
+    print(harness.headline(facts))
+
+    everything: list[Result] = []
+    ceilings: dict[tuple[int, str], dict[str, float]] = {}
+    for threads in all_threads:
+        torch.set_num_threads(threads)
+        for case in (CASES[name] for name in options.cases or DEFAULT_CASES[options.device]):
+            for dtype in dtypes_of(case.name, options):
+                if (threads, dtype) not in ceilings:
+                    ceilings[threads, dtype] = limits = harness.roofline(device, DTYPES[dtype])
+                    print(
+                        f"{threads} threads, {dtype}: matrix product {limits['matmul_gflops']:.0f} GFLOP/s, "
+                        f"copy {limits['copy_gbs']:.1f} GB/s"
+                    )
+                results = run_case(
+                    case,
+                    device,
+                    dtype,
+                    ceilings[threads, dtype],
+                    repeats=options.repeats,
+                    peers=peers,
+                    memory=not options.no_memory,
+                )
+                print(f"\n{title(case, device, dtype)}\n{table(results)}\n", flush=True)
+                everything += results
+    if len(all_threads) > 1:
+        print(scaling_table(everything))
+    if options.json:
+        content = {
+            **facts,
+            "ceilings": [
+                {"threads": threads, "dtype": dtype, **limits}
+                for (threads, dtype), limits in ceilings.items()
+            ],
+            "results": [asdict(result) for result in everything],
+        }
+        harness.write_json(options.json, content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""How every benchmark here measures: peers in one process, call by call in turn; medians, ratios of a round.
+
+A machine's clock and its neighbours drift: what runs side by side is comparable, what ran minutes apart is
+not.
+"""
+
+import ctypes
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], Any]
+
+_GLIBC_TRIM_THRESHOLD, _GLIBC_MMAP_THRESHOLD = -1, -3
+_CACHE_BYTES = 512 << 20  # more than any last-level cache
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each round's call, in the order of rounds."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def times_faster_than(self, other: "Timing") -> float:
+        """Median over rounds of the other's time over this one's, both of the same round."""
+        return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
+
+
+def measure(
+    calls: Mapping[str, Call],
+    device: torch.device,
+    *,
+    repeats: int = 20,
+    warmup: int = 2,
+    time_limit: float = 30.0,
+) -> dict[str, Timing]:
+    """Times all `calls` interleaved: each round runs every one of them once, starting with another each time.
+
+    Stops after `repeats` rounds, or once `time_limit` seconds have passed and five rounds are done. On
+    CUDA, events time the kernels, with a cold L2 cache.
+    """
+    clock = _cuda_clock(device) if device.type == "cuda" else _cpu_clock
+    for call in calls.values():
+        for _ in range(warmup):
+            clock(call)
+    names = list(calls)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    start = time.perf_counter()
+    for done in range(repeats):
+        if done >= 5 and time.perf_counter() - start > time_limit:
+            break
+        first = done % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(clock(calls[name]))
+    return {name: Timing(values) for name, values in seconds.items()}
+
+
+def _cpu_clock(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _cuda_clock(device: torch.device) -> Callable[[Call], float]:
+    # Filling this evicts the cache and keeps the GPU busy while the call's kernels are queued.
+    cold = torch.empty(_CACHE_BYTES, dtype=torch.int8, device=device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def clock(call: Call) -> float:
+        cold.zero_()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return clock
+
+
+def peak_memory(call: Call, device: torch.device) -> int | None:
+    """Most bytes that `call` holds at a time beyond what existed before and the tensors that it returns.
+
+    On CUDA the allocator's peak. On the CPU the peak of resident memory, which sees the scratch memory of
+    every library as well; Linux with glibc only, None elsewhere.
+    """
+    if device.type == "cuda":
+        call()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        outputs = call()
+        peak = torch.cuda.max_memory_allocated(device)
+        return max(0, peak - before - _bytes_of(outputs))
+
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim") or not os.access("/proc/self/clear_refs", os.W_OK):
+        return None
+    # Large blocks come from the system and go back at once: none freed earlier is used again unseen.
+    _set_malloc_thresholds(libc, mmap=64 << 10, trim=64 << 10)
+    call()
+    peaks = []
+    for _ in range(3):
+        libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+        before = _resident("VmRSS")
+        outputs = call()
+        peaks.append(_resident("VmHWM") - before - _bytes_of(outputs))
+        del outputs
+    # What glibc's own adjustment arrives at in a process that uses large blocks.
+    _set_malloc_thresholds(libc, mmap=32 << 20, trim=64 << 20)
+    return max(0, statistics.median(peaks))
+
+
+def _set_malloc_thresholds(libc: ctypes.CDLL, mmap: int, trim: int) -> None:
+    libc.mallopt(_GLIBC_MMAP_THRESHOLD, mmap)
+    libc.mallopt(_GLIBC_TRIM_THRESHOLD, trim)
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:", 1)[1].split(maxsplit=1)[0]) << 10
+
+
+def _bytes_of(outputs: Any) -> int:
+    if isinstance(outputs, Tensor):
+        return outputs.numel() * outputs.element_size()
+    return sum(map(_bytes_of, outputs)) if isinstance(outputs, (tuple, list)) else 0
+
+
+def forward_only(function: Callable[[], Tensor]) -> Call:
+    """The call that makes `function`'s output and records no graph."""
+    return torch.no_grad()(function)
+
+
+def forward_and_backward(function: Callable[[], Tensor], leaves: list[Tensor]) -> Call:
+    """The call that makes `function`'s output and the gradients of `leaves`, for one cotangent."""
+    with torch.no_grad():
+        cotangent = torch.randn_like(function())
+
+    def call() -> tuple[Tensor, ...]:
+        output = function()
+        return output, *torch.autograd.grad(output, leaves, cotangent)
+
+    return call
+
+
+def roofline(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """The machine's limits with the threads set now: matrix product, and copy counted as read and written."""
+    n = 2048 if device.type == "cpu" else 8192
+    a, b, out = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
+    source, target = (torch.ones(_CACHE_BYTES // 8, dtype=torch.int32, device=device) for _ in range(2))
+    calls: dict[str, Call] = {
+        "matmul": lambda: torch.mm(a, b, out=out),
+        "copy": lambda: target.copy_(source),
+    }
+    timings = measure(calls, device, repeats=10)
+    return {
+        "matmul_gflops": 2 * n**3 / min(timings["matmul"].seconds) / 1e9,
+        "copy_gbs": 2 * source.numel() * source.element_size() / min(timings["copy"].seconds) / 1e9,
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the numbers were measured on and with."""
+    import eva_attn
+
+    facts = {
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "device": device_name(device),
+        "eva_attn": eva_attn.build_info(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+    if device.type == "cpu":
+        facts["threads"] = torch.get_num_threads()
+    return facts
+
+
+def headline(facts: dict[str, Any]) -> str:
+    """`environment` in a line."""
+    version = f"eva_attn {facts['eva_attn']['version']} ({facts['commit']})"
+    return f"{facts['device']}; torch {facts['torch']}, {version}; {facts['date']}"
+
+
+def device_name(device: torch.device) -> str:
+    """The machine in words: model, and on a CPU its cores and torch's instruction set."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        model = next(
+            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model
+        )
+    return f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _commit() -> str:
+    root = Path(__file__).parents[1]
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def format_table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns as wide as their longest cell; the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        first, *others = (
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join([first, *others]).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])

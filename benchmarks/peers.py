@@ -1,0 +1,150 @@
+"""What attention is compared with: peers on the same numbers, each as its own user would call it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import eva_attn
+
+from .cases import Case, eva_flops, softmax_flops, window_flops
+
+DENSE_TOKENS = 4096  # the dense formula builds N x N logits: not beyond this
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way to compute attention: `function()` gives the output, differentiable in `leaves`.
+
+    `flops(case, backward)` counts the operations of the mathematics, a head of one sequence.
+    """
+
+    function: Callable[[], Tensor]
+    leaves: list[Tensor]
+    flops: Callable[[Case, bool], float]
+
+
+def make_peers(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Peer]:
+    """All peers that can compute `case` on `device`. "eva" and "sdpa" are always among them.
+
+    EVA has a linear-layernorm projection and a trained bias per offset, as in the paper's vision models.
+    """
+    generator = torch.Generator().manual_seed(0)
+    batch, heads = case.batch_and_heads(device.type)
+    packed = torch.randn(batch, case.tokens, 3, heads, case.head_dim, generator=generator).to(device, dtype)
+    bias = (torch.randn(case.bias_shape(heads), generator=generator) / 2).to(device, dtype)
+    projection = eva_attn.LandmarkProjection(case.head_dim, device=device, dtype=dtype)
+    packed.requires_grad_()
+    bias.requires_grad_()
+    split = [x.transpose(1, 2).contiguous().requires_grad_() for x in packed.detach().unbind(2)]
+    trained = [bias, *projection.parameters()]
+    geometry = case.geometry()
+
+    peers = {
+        "eva": Peer(
+            lambda: eva_attn.eva_attention_qkvpacked(
+                packed, projection=projection, relative_bias=bias, **geometry
+            ),
+            [packed, *trained],
+            eva_flops,
+        ),
+        "sdpa": Peer(
+            lambda: F.scaled_dot_product_attention(*split, is_causal=case.is_causal), split, softmax_flops
+        ),
+        "window only": Peer(
+            lambda: eva_attn.functional.window_attention(
+                *split, relative_bias=bias, **{k: v for k, v in geometry.items() if k != "chunk_size"}
+            ),
+            [*split, bias],
+            window_flops,
+        ),
+    }
+    if not case.is_causal:
+        augmented = augmented_sdpa if device.type == "cpu" else torch.compile(augmented_sdpa)
+        peers["augmented sdpa"] = Peer(
+            lambda: augmented(*split, case.grid, case.window, case.chunk, projection, bias),
+            [*split, *trained],
+            eva_flops,
+        )
+    if case.tokens <= DENSE_TOKENS:
+        peers["dense formula"] = Peer(
+            lambda: eva_attn.reference.eva_attention(
+                *split, projection=projection, relative_bias=bias, **geometry
+            ),
+            [*split, *trained],
+            eva_flops,
+        )
+    if device.type == "cuda" and case.tokens <= 2**14:  # its block mask is made through an N x N one
+        peers["flex_attention window"] = Peer(flex_window(case, split, device), split, window_flops)
+    return peers
+
+
+def augmented_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: tuple[int, int],
+    window: tuple[int, int],
+    chunk: tuple[int, int],
+    projection: eva_attn.LandmarkProjection,
+    relative_bias: Tensor,
+) -> Tensor:
+    """EVA as one writes it without a kernel: gather windows, append the landmarks to their keys, call SDPA.
+
+    q, k, v [B, H, N, D]; windows and chunks tile the grid.
+    """
+    batch, heads, _, dim = query.shape
+    scale = dim**-0.5
+    q, k, v = (blocks(x, grid, chunk) for x in (query, key, value))  # [B, H, C, r, D]
+    landmark_key, landmark_query = projection.key(k.mean(3)), projection.query(q.mean(3))
+    omega = (landmark_key + landmark_query).unsqueeze(3) / 2
+    weights = (scale * ((k * omega).sum(-1) - k.square().sum(-1) / 2)).softmax(-1)
+    landmark_value = (weights.unsqueeze(3) @ v).squeeze(3)  # [B, H, C, D]
+
+    q, k, v = (blocks(x, grid, window) for x in (query, key, value))  # [B, H, G, w, D]
+    windows = q.shape[2]
+
+    def for_each_window(landmarks: Tensor) -> Tensor:
+        return landmarks.unsqueeze(2).expand(-1, -1, windows, -1, -1)
+
+    k = torch.cat([k, for_each_window(landmark_key)], 3)
+    v = torch.cat([v, for_each_window(landmark_value)], 3)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B G, H, ., D]
+    bias = F.pad(pairwise_bias(relative_bias, window), (0, landmark_key.shape[2]))  # [H, w, w + C]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
+    rows, columns = grid[0] // window[0], grid[1] // window[1]
+    out = out.reshape(batch, rows, columns, heads, *window, dim).permute(0, 3, 1, 4, 2, 5, 6)
+    return out.reshape(batch, heads, grid[0] * grid[1], dim)
+
+
+def blocks(x: Tensor, grid: tuple[int, int], block: tuple[int, int]) -> Tensor:
+    """[B, H, height width, D] -> [B, H, number of blocks, tokens of a block, D]."""
+    (height, width), (rows, columns) = grid, block
+    x = x.unflatten(2, (height // rows, rows, width // columns, columns))
+    return x.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+
+
+def pairwise_bias(relative_bias: Tensor, window: tuple[int, int]) -> Tensor:
+    """[H, offsets...] -> [H, w, w], one value for each pair of a window's tokens."""
+    rows, columns = (torch.arange(size, device=relative_bias.device) for size in window)
+    dy = (rows - rows[:, None] + window[0] - 1)[:, None, :, None]
+    dx = (columns - columns[:, None] + window[1] - 1)[None, :, None, :]
+    table = relative_bias if relative_bias.dim() == 3 else relative_bias.unsqueeze(1)
+    return table[:, dy, dx].flatten(3).flatten(1, 2)
+
+
+def flex_window(case: Case, split: list[Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """Attention to the window alone, by `flex_attention` and its block mask."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    (_, width), (rows, columns) = case.grid, case.window
+
+    def same_window(_batch: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        same = (i // width // rows == j // width // rows) & (i % width // columns == j % width // columns)
+        return same & (j <= i) if case.is_causal else same
+
+    mask = create_block_mask(same_window, None, None, case.tokens, case.tokens, device=str(device))
+    compiled = torch.compile(flex_attention)
+    return lambda: compiled(*split, block_mask=mask)

@@ -1,0 +1,1 @@
+"""Examples: vision transformers on handwritten digits."""

@@ -1,0 +1,306 @@
+"""Trains one vision transformer on handwritten digits: `python -m examples.train_digits --attention eva`.
+
+The order of images and the noise of a step follow from the seed and the step's number alone, so that a run
+that was killed and goes on with `--resume` ends in the same weights as one that was not.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import digits
+from .digits import Digits
+from .vit import ATTENTION, VisionTransformer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What determines a run."""
+
+    attention: str = "eva"
+    patch_size: int = 2
+    width: int = 64
+    depth: int = 2
+    heads: int = 2
+    steps: int | None = None  # None: `epochs` decides
+    epochs: float = 1.0
+    batch_size: int = 32
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.05
+    held_out: int = 2000  # training images kept for the learning curve
+    evaluations: int = 10
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+@dataclass
+class Report:
+    """What a run gave. Seconds count training steps alone."""
+
+    parameters: int
+    seconds: float
+    losses: list[float]
+    curve: list[tuple[int, float, float]]  # (step, seconds, accuracy on the held-out images)
+    test_accuracy: float
+
+
+class Training:
+    """A model with its optimizer, at a step of its run."""
+
+    def __init__(self, options: Options, data: Digits) -> None:
+        self.options = options
+        self.data = data
+        self.device = torch.device(options.device)
+        self.steps_per_epoch = len(data) // options.batch_size
+        if self.steps_per_epoch == 0:
+            raise ValueError(f"batch_size: expected at most {len(data)} images, got {options.batch_size}")
+        self.total_steps = options.steps or max(1, round(options.epochs * self.steps_per_epoch))
+        self.step = 0
+        self.seconds = 0.0
+        self.losses: list[float] = []
+        self.curve: list[tuple[int, float, float]] = []
+
+        torch.manual_seed(options.seed)
+        self.model = VisionTransformer(
+            options.attention,
+            patch_size=options.patch_size,
+            width=options.width,
+            depth=options.depth,
+            heads=options.heads,
+        ).to(self.device)
+        decayed = [p for p in self.model.parameters() if p.dim() > 1]
+        others = [p for p in self.model.parameters() if p.dim() <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": options.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=options.learning_rate,
+            betas=(0.9, 0.98),
+        )
+
+    def advance(self) -> float:
+        """One step; returns its loss."""
+        start = time.perf_counter()
+        images, labels = self._batch()
+        torch.manual_seed(self.options.seed * 1_000_003 + self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.learning_rate * self._schedule()
+        loss = train_step(self.model, self.optimizer, images, labels, self.options.dtype).item()
+        self.seconds += time.perf_counter() - start
+        self.step += 1
+        self.losses.append(loss)
+        return loss
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        if position == 0 or not hasattr(self, "_order"):
+            generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + epoch)
+            self._order = torch.randperm(len(self.data), generator=generator)
+        chosen = self._order[position * self.options.batch_size : (position + 1) * self.options.batch_size]
+        return self.data.images[chosen].to(self.device), self.data.labels[chosen].to(self.device)
+
+    def _schedule(self) -> float:
+        """Factor of the learning rate: a linear rise over a tenth of the steps, then half a cosine."""
+        rise = max(1, self.total_steps // 10)
+        if self.step < rise:
+            return (self.step + 1) / rise
+        done = (self.step - rise) / max(1, self.total_steps - rise)
+        return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * done, dtype=torch.float64))))
+
+    def save(self, path: Path) -> None:
+        """Writes the checkpoint. A kill at any moment leaves the old one or the new one, whole."""
+        content = {
+            "options": asdict(self.options),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "losses": self.losses,
+            "curve": self.curve,
+        }
+        write_atomically(path, lambda file: torch.save(content, file))
+
+    def restore(self, path: Path) -> None:
+        """Goes back to a checkpoint. ValueError where that is of a run with other options."""
+        content = torch.load(path, map_location=self.device, weights_only=True)
+        ours, theirs = asdict(self.options), content["options"]
+        if differing := [name for name in ours if ours[name] != theirs.get(name)]:
+            raise ValueError(
+                f"{path} is of another run: "
+                + ", ".join(f"{name} {theirs.get(name)!r} there, {ours[name]!r} here" for name in differing)
+            )
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.step, self.seconds = content["step"], content["seconds"]
+        self.losses, self.curve = content["losses"], [tuple(point) for point in content["curve"]]
+
+
+def train_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, dtype: str
+) -> Tensor:
+    """Forward, backward and update; returns the loss."""
+    model.train()
+    optimizer.zero_grad()
+    with autocast(images.device, dtype):
+        logits = model(images)
+    loss = F.cross_entropy(logits.float(), labels)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+@torch.inference_mode()
+def accuracy(model: torch.nn.Module, data: Digits, device: torch.device, dtype: str) -> float:
+    """Share of the digits that the model reads right."""
+    model.eval()
+    correct = 0
+    for images, labels in zip(data.images.split(250), data.labels.split(250), strict=True):
+        with autocast(device, dtype):
+            logits = model(images.to(device))
+        correct += int((logits.argmax(-1).cpu() == labels).sum())
+    return correct / len(data)
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
+
+
+def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
+    """Has `write` fill a new binary file that takes the place of `path` once it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the new name
+    finally:
+        os.close(directory)
+
+
+def train(
+    options: Options,
+    train_set: Digits,
+    test_set: Digits,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+) -> tuple[VisionTransformer, Report]:
+    """Trains and tests a model; shows progress, and saves a checkpoint at each evaluation."""
+    if not 0 < options.held_out < len(train_set):
+        raise ValueError(f"held_out: expected 1 to {len(train_set) - 1} images, got {options.held_out}")
+    run = Training(options, train_set[: -options.held_out])
+    held_out = train_set[-options.held_out :]
+    if resume and checkpoint is not None and checkpoint.exists():
+        run.restore(checkpoint)
+    evaluate_at = {round((i + 1) * run.total_steps / options.evaluations) for i in range(options.evaluations)}
+    progress = Progress(options.attention, run.total_steps)
+    while run.step < run.total_steps:
+        loss = run.advance()
+        if run.step in evaluate_at:
+            read = accuracy(run.model, held_out, run.device, options.dtype)
+            run.curve.append((run.step, run.seconds, read))
+            if checkpoint is not None:
+                run.save(checkpoint)
+        known = f"{run.curve[-1][2]:7.2%}" if run.curve else "      -"
+        progress.show(run.step, f"loss {loss:6.4f}  held-out {known}  {run.seconds:5.1f} s")
+    progress.close()
+    report = Report(
+        parameters=sum(p.numel() for p in run.model.parameters()),
+        seconds=run.seconds,
+        losses=run.losses,
+        curve=run.curve,
+        test_accuracy=accuracy(run.model, test_set, run.device, options.dtype),
+    )
+    return run.model, report
+
+
+class Progress:
+    """A bar on the terminal, redrawn in place; where there is no terminal, a line for every tenth."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total = label, total
+        self.on_terminal = sys.stderr.isatty()
+        self.shown_at = 0.0
+
+    def show(self, step: int, text: str) -> None:
+        filled = 24 * step // self.total
+        line = f"{self.label:<10} {'█' * filled}{'░' * (24 - filled)} {step:>5}/{self.total}  {text}"
+        if self.on_terminal:
+            if step == self.total or time.monotonic() > self.shown_at + 0.1:
+                self.shown_at = time.monotonic()
+                print(f"\r{line}", end="", file=sys.stderr, flush=True)
+        elif step * 10 // self.total != (step - 1) * 10 // self.total:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.on_terminal:
+            print(file=sys.stderr)
+
+
+def add_options(parser: argparse.ArgumentParser, defaults: Options, without: tuple[str, ...] = ()) -> None:
+    """An argument for each field of `Options`, and those that say where to read and write."""
+    choices = {"attention": list(ATTENTION), "dtype": list(DTYPES)}
+    for field in fields(Options):
+        if field.name in without:
+            continue
+        default = getattr(defaults, field.name)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=int if default is None else type(default),
+            default=default,
+            choices=choices.get(field.name),
+            help="default: as many as --epochs needs" if default is None else f"default: {default}",
+        )
+    parser.add_argument("--data", type=Path, help="folder of mnist_train.csv and mnist_test.csv")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("demo"), help="for checkpoints (default: demo)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint in --output-dir, if any"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads")
+
+
+def options_of(parsed: argparse.Namespace) -> Options:
+    names = {field.name for field in fields(Options)}
+    return Options(**{name: value for name, value in vars(parsed).items() if name in names})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m examples.train_digits", description=__doc__)
+    add_options(parser, Options())
+    parsed = parser.parse_args(arguments)
+    if parsed.threads:
+        torch.set_num_threads(parsed.threads)
+    options = options_of(parsed)
+    checkpoint = parsed.output_dir / f"{options.attention}.pt"
+    _, report = train(options, *digits.load(parsed.data), checkpoint, parsed.resume)
+    print(
+        f"{options.attention}: {report.parameters:,} parameters, test accuracy {report.test_accuracy:.2%} "
+        f"after {len(report.losses)} steps in {report.seconds:.1f} s; checkpoint {checkpoint}"
+    )
+
+
+if __name__ == "__main__":
+    main()
