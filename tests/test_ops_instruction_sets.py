@@ -9,7 +9,10 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
-SUBSET = "fixed_cases or head_dims or strides or errors_beside_eager_code or large_scores"
+SUBSET = "fixed_cases or head_dims or strides or large_scores"
+# Errors beside eager code are compared where both have fused multiply-add: matrix products of eager code do not
+# follow ATEN_CPU_CAPABILITY, and the baseline, which rounds products too, has up to 3 times their error.
+WITH_FMA = SUBSET + " or errors_beside_eager_code"
 # From the best that this CPU has, which all other tests run on, downward.
 SETS = {"AVX512": ["avx2", "default"], "AVX2": ["default"]}
 
@@ -25,8 +28,9 @@ def test_subset(capability: str) -> None:
         check=True,
     )
     assert report.stdout.strip().lower() == capability
+    subset = SUBSET if capability == "default" else WITH_FMA
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", f"({SUBSET}) and not cuda",
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", f"({subset}) and not cuda",
          TESTS / "test_ops.py", TESTS / "test_ops_precision.py"],
         env=environment,
         cwd=TESTS.parent,
