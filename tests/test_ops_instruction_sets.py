@@ -10,8 +10,8 @@ import torch
 
 TESTS = Path(__file__).parent
 SUBSET = "fixed_cases or head_dims or strides or large_scores"
-# Errors beside eager code are compared where both have fused multiply-add: matrix products of eager code do not
-# follow ATEN_CPU_CAPABILITY, and the baseline, which rounds products too, has up to 3 times their error.
+# Errors beside eager code are compared where both fuse multiply and add: matrix products of eager code do
+# not follow ATEN_CPU_CAPABILITY, and the baseline, which rounds products too, has up to 3 times their error.
 WITH_FMA = SUBSET + " or errors_beside_eager_code"
 # From the best that this CPU has, which all other tests run on, downward.
 SETS = {"AVX512": ["avx2", "default"], "AVX2": ["default"]}
