@@ -14,7 +14,7 @@ import torch
 
 from . import harness
 from .cases import CASES, Case, least_bytes
-from .peers import make_peers
+from .peers import Peer, make_peers
 
 DEFAULT_CASES = {
     "cpu": ["deit_s_196", "deit_t_784", "pvt_3136", "grid_16384"],
@@ -45,6 +45,27 @@ class Result:
     peak_bytes: int | None = None
 
 
+def calls_of(peers: dict[str, Peer], backward: bool) -> dict[str, harness.Call]:
+    return {
+        name: harness.forward_and_backward(peer.function, peer.leaves)
+        if backward
+        else harness.forward_only(peer.function)
+        for name, peer in peers.items()
+    }
+
+
+def all_calls(
+    case: Case, device: torch.device, dtype: str, peers: list[str] | None
+) -> dict[tuple[str, str], harness.Call]:
+    """By direction and peer."""
+    chosen = make_peers(case, device, DTYPES[dtype], peers)
+    return {
+        (direction, name): call
+        for direction, backward in PASSES.items()
+        for name, call in calls_of(chosen, backward).items()
+    }
+
+
 def run_case(
     case: Case,
     device: torch.device,
@@ -57,19 +78,13 @@ def run_case(
 ) -> list[Result]:
     """Measures the peers on `case` with the threads set now."""
     batch, heads = case.batch_and_heads(device.type)
-    chosen = {
-        name: peer
-        for name, peer in make_peers(case, device, DTYPES[dtype]).items()
-        if peers is None or name in peers
-    }
+    chosen = make_peers(case, device, DTYPES[dtype], peers)
+    peaks: dict[tuple[str, str], int | None] = {}
+    if memory:
+        peaks = harness.peak_memory(all_calls, case, device, dtype, peers, device=device)
     results = []
     for direction, backward in PASSES.items():
-        calls = {
-            name: harness.forward_and_backward(peer.function, peer.leaves)
-            if backward
-            else harness.forward_only(peer.function)
-            for name, peer in chosen.items()
-        }
+        calls = calls_of(chosen, backward)
         timings = harness.measure(calls, device, repeats=repeats)
         for name, timing in timings.items():
             gflops = batch * heads * chosen[name].flops(case, backward) / timing.median / 1e9
@@ -90,7 +105,7 @@ def run_case(
                     of_matmul=gflops / ceiling["matmul_gflops"],
                     of_copy=gbs / ceiling["copy_gbs"],
                     rounds=len(timing.seconds),
-                    peak_bytes=harness.peak_memory(calls[name], device) if memory else None,
+                    peak_bytes=peaks.get((direction, name)),
                 )
             )
     return results

@@ -1,6 +1,7 @@
 """The cases that benchmarks and tests share, and how much work each of them is."""
 
 from dataclasses import dataclass
+from typing import Any
 
 Pair = tuple[int, int]
 
@@ -42,7 +43,7 @@ class Case:
     def batch_and_heads(self, device_type: str) -> Pair:
         return (self.cpu_batch, self.cpu_heads) if device_type == "cpu" else (self.batch, self.heads)
 
-    def geometry(self) -> dict[str, object]:
+    def geometry(self) -> dict[str, Any]:
         """The arguments of `eva_attn.eva_attention` that describe the case."""
         if self.is_sequence:
             window, chunk = self.window[1], self.chunk[1]

@@ -7,20 +7,23 @@ not.
 import ctypes
 import datetime
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 Call = Callable[[], Any]
+Key = TypeVar("Key", bound=Hashable)
 
 _GLIBC_TRIM_THRESHOLD, _GLIBC_MMAP_THRESHOLD = -1, -3
 _CACHE_BYTES = 512 << 20  # more than any last-level cache
@@ -92,26 +95,45 @@ def _cuda_clock(device: torch.device) -> Callable[[Call], float]:
     return clock
 
 
-def peak_memory(call: Call, device: torch.device) -> int | None:
-    """Most bytes that `call` holds at a time beyond what existed before and the tensors that it returns.
+def peak_memory(
+    make_calls: Callable[..., Mapping[Key, Call]], *arguments: Any, device: torch.device
+) -> dict[Key, int | None]:
+    """Most bytes that each call of `make_calls(*arguments)` holds beyond what existed before and its outputs.
 
     On CUDA the allocator's peak. On the CPU the peak of resident memory, which sees the scratch memory of
-    every library as well; Linux with glibc only, None elsewhere.
+    every library as well; Linux with glibc only, None elsewhere. It is measured in a new process, which
+    imports `make_calls`: in an old one, blocks that were freed before are used again unseen.
     """
     if device.type == "cuda":
-        call()
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        outputs = call()
-        peak = torch.cuda.max_memory_allocated(device)
-        return max(0, peak - before - _bytes_of(outputs))
+        return {key: _peak_on_cuda(call, device) for key, call in make_calls(*arguments).items()}
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peaks_on_cpu, torch.get_num_threads(), make_calls, arguments).result()
 
+
+def _peak_on_cuda(call: Call, device: torch.device) -> int:
+    call()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    outputs = call()
+    return max(0, torch.cuda.max_memory_allocated(device) - before - _bytes_of(outputs))
+
+
+def _peaks_on_cpu(
+    threads: int, make_calls: Callable[..., Mapping[Key, Call]], arguments: tuple[Any, ...]
+) -> dict[Key, int | None]:
+    torch.set_num_threads(threads)
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "malloc_trim") or not os.access("/proc/self/clear_refs", os.W_OK):
-        return None
-    # Large blocks come from the system and go back at once: none freed earlier is used again unseen.
-    _set_malloc_thresholds(libc, mmap=64 << 10, trim=64 << 10)
+    can_measure = hasattr(libc, "malloc_trim") and os.access("/proc/self/clear_refs", os.W_OK)
+    if can_measure:  # large blocks come from the system and go back to it at once
+        libc.mallopt(_GLIBC_MMAP_THRESHOLD, 64 << 10)
+        libc.mallopt(_GLIBC_TRIM_THRESHOLD, 64 << 10)
+    return {
+        key: _peak_on_cpu(call, libc) if can_measure else None for key, call in make_calls(*arguments).items()
+    }
+
+
+def _peak_on_cpu(call: Call, libc: ctypes.CDLL) -> int:
     call()
     peaks = []
     for _ in range(3):
@@ -121,14 +143,7 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
         outputs = call()
         peaks.append(_resident("VmHWM") - before - _bytes_of(outputs))
         del outputs
-    # What glibc's own adjustment arrives at in a process that uses large blocks.
-    _set_malloc_thresholds(libc, mmap=32 << 20, trim=64 << 20)
-    return max(0, statistics.median(peaks))
-
-
-def _set_malloc_thresholds(libc: ctypes.CDLL, mmap: int, trim: int) -> None:
-    libc.mallopt(_GLIBC_MMAP_THRESHOLD, mmap)
-    libc.mallopt(_GLIBC_TRIM_THRESHOLD, trim)
+    return max(0, sorted(peaks)[1])
 
 
 def _resident(field: str) -> int:
@@ -179,7 +194,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """What the numbers were measured on and with."""
     import eva_attn
 
-    facts = {
+    facts: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "device": device_name(device),

@@ -26,8 +26,10 @@ class Peer:
     flops: Callable[[Case, bool], float]
 
 
-def make_peers(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Peer]:
-    """All peers that can compute `case` on `device`. "eva" and "sdpa" are always among them.
+def make_peers(
+    case: Case, device: torch.device, dtype: torch.dtype, chosen: list[str] | None = None
+) -> dict[str, Peer]:
+    """The peers that can compute `case` on `device`, all or the chosen ones.
 
     EVA has a linear-layernorm projection and a trained bias per offset, as in the paper's vision models.
     """
@@ -38,9 +40,12 @@ def make_peers(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str
     projection = eva_attn.LandmarkProjection(case.head_dim, device=device, dtype=dtype)
     packed.requires_grad_()
     bias.requires_grad_()
-    split = [x.transpose(1, 2).contiguous().requires_grad_() for x in packed.detach().unbind(2)]
+    query, key, value = (x.transpose(1, 2).contiguous().requires_grad_() for x in packed.detach().unbind(2))
+    split = [query, key, value]
     trained = [bias, *projection.parameters()]
     geometry = case.geometry()
+    if device.type == "cuda":
+        torch.compiler.reset()  # past a number of shapes compiled code falls back to eager
 
     peers = {
         "eva": Peer(
@@ -51,34 +56,40 @@ def make_peers(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str
             eva_flops,
         ),
         "sdpa": Peer(
-            lambda: F.scaled_dot_product_attention(*split, is_causal=case.is_causal), split, softmax_flops
+            lambda: F.scaled_dot_product_attention(query, key, value, is_causal=case.is_causal),
+            split,
+            softmax_flops,
         ),
         "window only": Peer(
             lambda: eva_attn.functional.window_attention(
-                *split, relative_bias=bias, **{k: v for k, v in geometry.items() if k != "chunk_size"}
+                query,
+                key,
+                value,
+                relative_bias=bias,
+                **{k: v for k, v in geometry.items() if k != "chunk_size"},
             ),
             [*split, bias],
             window_flops,
         ),
     }
     if not case.is_causal:
-        augmented = augmented_sdpa if device.type == "cpu" else torch.compile(augmented_sdpa)
+        augmented = augmented_sdpa if device.type == "cpu" else torch.compile(augmented_sdpa, dynamic=False)
         peers["augmented sdpa"] = Peer(
-            lambda: augmented(*split, case.grid, case.window, case.chunk, projection, bias),
+            lambda: augmented(query, key, value, case.grid, case.window, case.chunk, projection, bias),
             [*split, *trained],
             eva_flops,
         )
     if case.tokens <= DENSE_TOKENS:
         peers["dense formula"] = Peer(
             lambda: eva_attn.reference.eva_attention(
-                *split, projection=projection, relative_bias=bias, **geometry
+                query, key, value, projection=projection, relative_bias=bias, **geometry
             ),
             [*split, *trained],
             eva_flops,
         )
     if device.type == "cuda" and case.tokens <= 2**14:  # its block mask is made through an N x N one
-        peers["flex_attention window"] = Peer(flex_window(case, split, device), split, window_flops)
-    return peers
+        peers["flex_attention window"] = Peer(flex_window(case, query, key, value), split, window_flops)
+    return {name: peer for name, peer in peers.items() if chosen is None or name in chosen}
 
 
 def augmented_sdpa(
@@ -93,8 +104,10 @@ def augmented_sdpa(
 ) -> Tensor:
     """EVA as one writes it without a kernel: gather windows, append the landmarks to their keys, call SDPA.
 
-    q, k, v [B, H, N, D]; windows and chunks tile the grid.
+    q, k, v [B, H, N, D]; windows and chunks tile the grid; projection of kind "linear-layernorm".
     """
+    assert projection.key is not None
+    assert projection.query is not None
     batch, heads, _, dim = query.shape
     scale = dim**-0.5
     q, k, v = (blocks(x, grid, chunk) for x in (query, key, value))  # [B, H, C, r, D]
@@ -135,7 +148,7 @@ def pairwise_bias(relative_bias: Tensor, window: tuple[int, int]) -> Tensor:
     return table[:, dy, dx].flatten(3).flatten(1, 2)
 
 
-def flex_window(case: Case, split: list[Tensor], device: torch.device) -> Callable[[], Tensor]:
+def flex_window(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
     """Attention to the window alone, by `flex_attention` and its block mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -145,6 +158,6 @@ def flex_window(case: Case, split: list[Tensor], device: torch.device) -> Callab
         same = (i // width // rows == j // width // rows) & (i % width // columns == j % width // columns)
         return same & (j <= i) if case.is_causal else same
 
-    mask = create_block_mask(same_window, None, None, case.tokens, case.tokens, device=str(device))
+    mask = create_block_mask(same_window, None, None, case.tokens, case.tokens, device=query.device)
     compiled = torch.compile(flex_attention)
-    return lambda: compiled(*split, block_mask=mask)
+    return lambda: compiled(query, key, value, block_mask=mask)

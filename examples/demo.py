@@ -24,7 +24,7 @@ from .vit import VisionTransformer
 
 NAMES = {"softmax": "softmax", "eva": "EVA", "window": "window only", "performer": "Performer"}
 COLORS = {"softmax": "#333333", "eva": "#d1495b", "window": "#2e86ab", "performer": "#edae49"}
-DEFAULTS = Options(steps=1200, evaluations=12)
+DEFAULTS = Options(steps=900)
 
 
 @dataclass
@@ -43,15 +43,9 @@ def measure_costs(options: Options, patch_size: int, repeats: int) -> dict[str, 
     device = torch.device(options.device)
     tokens = (SIDE // patch_size) ** 2
     batch_size = max(1, options.batch_size * (SIDE // options.patch_size) ** 2 // tokens)
-    generator = torch.Generator().manual_seed(options.seed)
-    images = torch.randn(batch_size, 1, SIDE, SIDE, generator=generator).to(device)
-    labels = torch.randint(10, (batch_size,), generator=generator).to(device)
-    names = [*NAMES, "none"]
-    calls = {
-        name: _step_call(replace(options, attention=name, patch_size=patch_size), images, labels)
-        for name in names
-    }
-    timings = harness.measure(calls, device, repeats=repeats, time_limit=15)
+    options = replace(options, patch_size=patch_size, batch_size=batch_size)
+    timings = harness.measure(step_calls(options), device, repeats=repeats, time_limit=15)
+    peaks = harness.peak_memory(step_calls, options, device=device)
     without = timings["none"].seconds
     return {
         name: Cost(
@@ -60,10 +54,18 @@ def measure_costs(options: Options, patch_size: int, repeats: int) -> dict[str, 
             step=timings[name].median * 1e3,
             attention=statistics.median(a - b for a, b in zip(timings[name].seconds, without, strict=True))
             * 1e3,
-            peak_bytes=harness.peak_memory(calls[name], device),
+            peak_bytes=peaks[name],
         )
         for name in NAMES
     }
+
+
+def step_calls(options: Options) -> dict[str, harness.Call]:
+    """A training step of each kind of attention and of none, on made-up images."""
+    generator = torch.Generator().manual_seed(options.seed)
+    images = torch.randn(options.batch_size, 1, SIDE, SIDE, generator=generator).to(options.device)
+    labels = torch.randint(10, (options.batch_size,), generator=generator).to(options.device)
+    return {name: _step_call(replace(options, attention=name), images, labels) for name in [*NAMES, "none"]}
 
 
 def _step_call(options: Options, images: Tensor, labels: Tensor) -> harness.Call:
@@ -81,8 +83,8 @@ def _step_call(options: Options, images: Tensor, labels: Tensor) -> harness.Call
 
 def table(reports: dict[str, Report], costs: list[dict[str, Cost]]) -> str:
     header = ["attention", "parameters", "test accuracy", "training s"]
-    for cost in costs:
-        at = f"@{cost['eva'].tokens}"
+    for by_name in costs:
+        at = f"@{by_name['eva'].tokens}"
         header += [f"step ms {at}", f"attention ms {at}", f"peak MiB {at}"]
     rows = []
     for name, report in reports.items():
@@ -130,6 +132,7 @@ def draw(reports: dict[str, Report], costs: list[dict[str, Cost]], title: str, p
         right.bar_label(bars, fmt="%.0f", fontsize=9, padding=2)
     labels = [f"{c['eva'].tokens} tokens,\nbatch {c['eva'].batch_size}" for c in costs]
     right.set_xticks(range(len(costs)), labels)
+    right.margins(y=0.08)
     right.set(title="Time of attention in a training step", ylabel="milliseconds")
     for axes in (left, middle):
         axes.grid(alpha=0.25)

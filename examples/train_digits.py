@@ -39,7 +39,7 @@ class Options:
     batch_size: int = 32
     learning_rate: float = 4e-3
     weight_decay: float = 0.05
-    held_out: int = 2000  # training images kept for the learning curve
+    held_out: int = 1000  # training images kept for the learning curve
     evaluations: int = 10
     seed: int = 0
     device: str = "cpu"

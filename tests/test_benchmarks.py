@@ -12,6 +12,7 @@ from benchmarks.cases import CASES, Case
 from benchmarks.peers import make_peers
 
 CPU = torch.device("cpu")
+MIB = 2**20
 SMALL = Case("small", 2, 2, 2, 2, grid=(6, 8), window=(3, 4), chunk=(3, 2), head_dim=8)
 
 
@@ -57,15 +58,18 @@ def test_measure_takes_turns_and_pairs_rounds():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_peak_memory_counts_scratch_but_not_outputs():
-    mib = 2**20
-
-    def call():
-        scratch = torch.ones(32 * mib, dtype=torch.uint8)
-        return scratch[: 8 * mib].clone(), [scratch[: 4 * mib].clone()]
-
+    peaks = harness.peak_memory(_calls_with_scratch, 32, device=CPU)
     # Beside the scratch only pages that the interpreter touches for itself.
-    assert harness.peak_memory(call, CPU) / mib == pytest.approx(32, abs=1)
-    assert harness.peak_memory(lambda: torch.ones(8 * mib), CPU) / mib == pytest.approx(0, abs=1)
+    assert peaks["scratch"] / MIB == pytest.approx(32, abs=1)
+    assert peaks["no scratch"] / MIB == pytest.approx(0, abs=1)
+
+
+def _calls_with_scratch(mib):
+    def scratch():
+        memory = torch.ones(mib * MIB, dtype=torch.uint8)
+        return memory[: 8 * MIB].clone(), [memory[: 4 * MIB].clone()]
+
+    return {"scratch": scratch, "no scratch": lambda: torch.ones(8 * MIB, dtype=torch.uint8)}
 
 
 @pytest.mark.parametrize(
