@@ -10,9 +10,9 @@ import torch
 
 TESTS = Path(__file__).parent
 SUBSET = "fixed_cases or head_dims or strides or large_scores"
-# Errors beside eager code are compared where both fuse multiply and add: matrix products of eager code do
-# not follow ATEN_CPU_CAPABILITY, and the baseline, which rounds products too, has up to 3 times their error.
-WITH_FMA = SUBSET + " or errors_beside_eager_code"
+# Known shortfall: the baseline's kernels are not held to twice eager code's error. In float32 with outliers the
+# gradients of the query's projection have up to 5.3 times its error; the cause is not known.
+WITH_PRECISION = SUBSET + " or errors_beside_eager_code"
 # From the best that this CPU has, which all other tests run on, downward.
 SETS = {"AVX512": ["avx2", "default"], "AVX2": ["default"]}
 
@@ -28,7 +28,7 @@ def test_subset(capability: str) -> None:
         check=True,
     )
     assert report.stdout.strip().lower() == capability
-    subset = SUBSET if capability == "default" else WITH_FMA
+    subset = SUBSET if capability == "default" else WITH_PRECISION
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-k", f"({subset}) and not cuda",
          TESTS / "test_ops.py", TESTS / "test_ops_precision.py"],
