@@ -10,8 +10,8 @@ import torch
 
 TESTS = Path(__file__).parent
 SUBSET = "fixed_cases or head_dims or strides or large_scores"
-# Known shortfall: the baseline's kernels are not held to twice eager code's error. In float32 with outliers the
-# gradients of the query's projection have up to 5.3 times its error; the cause is not known.
+# Known shortfall: the baseline's kernels are not held to twice eager code's error. In float32 with outliers
+# the gradients of the query's projection have up to 5.3 times its error; the cause is not known.
 WITH_PRECISION = SUBSET + " or errors_beside_eager_code"
 # From the best that this CPU has, which all other tests run on, downward.
 SETS = {"AVX512": ["avx2", "default"], "AVX2": ["default"]}
