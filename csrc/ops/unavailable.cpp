@@ -8,8 +8,8 @@ namespace {
 void unavailable(const c10::OperatorHandle& op, torch::jit::Stack*) {
     TORCH_CHECK_NOT_IMPLEMENTED(
         false, op.operator_name(),
-        ": eva_attn has no CUDA kernels in this build; move the tensors to the CPU, or "
-        "rebuild eva_attn where nvcc and a torch with CUDA are found");
+        ": this version of eva_attn has no CUDA kernels; move the tensors to the CPU, or use "
+        "the same function of eva_attn.reference, which is plain PyTorch and runs on any device");
 }
 
 } // namespace
