@@ -332,9 +332,11 @@ def _add_log_counts(
         return landmark_bias
     padding = None
     if key_padding_mask is not None:
-        if key_padding_mask.dtype != torch.bool or key_padding_mask.shape != (batch, num_tokens):
-            return landmark_bias
-        if key_padding_mask.device != query.device:
+        if (
+            key_padding_mask.dtype != torch.bool
+            or key_padding_mask.shape != (batch, num_tokens)
+            or key_padding_mask.device != query.device
+        ):
             return landmark_bias
         padding = key_padding_mask[:, num_prefix_tokens:].reshape(batch, height, width)
     counts = geometry.chunk_token_counts(grid, chunk, chunk_overlap, padding, query.device)
@@ -342,9 +344,11 @@ def _add_log_counts(
     log_counts = log_counts.expand(batch, log_counts.shape[-1])
     if landmark_bias is None:
         return log_counts
-    if landmark_bias.shape != log_counts.shape or not landmark_bias.is_floating_point():
-        return landmark_bias
-    if landmark_bias.device != query.device:
+    if (
+        landmark_bias.shape != log_counts.shape
+        or not landmark_bias.is_floating_point()
+        or landmark_bias.device != query.device
+    ):
         return landmark_bias
     return landmark_bias + log_counts
 

@@ -66,7 +66,6 @@ Attention::Attention(const Call& call, const Geometry& geometry, const OptionalT
         .grad_global_value = nullptr,
         .grad_relative_bias = nullptr,
         .chunk_terms = {},
-        .chunk_scale = scale_of(call),
     };
 }
 

@@ -14,6 +14,11 @@ bool is_supported(at::ScalarType dtype) {
     return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
 }
 
+void check_floating(const char* name, const Tensor& tensor) {
+    TORCH_CHECK_TYPE(is_supported(tensor.scalar_type()), name,
+                     " must be Float, Double, BFloat16 or Half, got ", tensor.scalar_type());
+}
+
 void check_pair(const char* name, c10::SymIntArrayRef pair, int64_t minimum) {
     TORCH_CHECK_VALUE(pair.size() == 2, name, " must hold two integers (y, x), got ", pair);
     TORCH_CHECK_VALUE(holds(pair[0].sym_ge(minimum)) && holds(pair[1].sym_ge(minimum)), name,
@@ -96,8 +101,7 @@ SymGeometry make_geometry(c10::SymIntArrayRef grid_size, c10::SymIntArrayRef win
 }
 
 void check_qkv(const Tensor& qkv) {
-    TORCH_CHECK_TYPE(is_supported(qkv.scalar_type()), "qkv must be Float, Double, BFloat16 or Half, got ",
-                     qkv.scalar_type());
+    check_floating("qkv", qkv);
     TORCH_CHECK_VALUE(qkv.dim() == 5 && holds(qkv.sym_size(2).sym_eq(3)),
                       "qkv must have shape [batch, tokens, 3, heads, head_dim], got ", qkv.sym_sizes());
 }
@@ -108,8 +112,7 @@ void check_inputs(const Call& call) {
                       query.sym_sizes());
     TORCH_CHECK_VALUE(holds(query.sym_size(3).sym_ge(1)),
                       "query must have a head_dim of at least 1, got shape ", query.sym_sizes());
-    TORCH_CHECK_TYPE(is_supported(query.scalar_type()), "query must be Float, Double, BFloat16 or Half, got ",
-                     query.scalar_type());
+    check_floating("query", query);
     check_matches("key", call.key, query.sym_sizes(), query.scalar_type(), query.device());
     check_matches("value", call.value, query.sym_sizes(), query.scalar_type(), query.device());
 

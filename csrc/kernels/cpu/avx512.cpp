@@ -9,31 +9,9 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace eva_attn::cpu::avx512 {
-namespace {
-
 #define EVA_VECTOR_BYTES 64
 #define EVA_VECTOR_COLUMNS 4
-#include "kernels/cpu/simd.h"
-// The order matters: each builds on the one before.
-#include "kernels/cpu/chunk_summary.h"
-#include "kernels/cpu/window_attention.h"
-// Last.
 #include "kernels/cpu/table.h"
-
-} // namespace
-
-const Kernels& table(DType dtype) {
-    switch (dtype) {
-    case DType::kDouble:
-        return kDoubleTable;
-    case DType::kBFloat16:
-        return kBFloat16Table;
-    case DType::kHalf:
-        return kHalfTable;
-    default:
-        return kFloatTable;
-    }
-}
 
 } // namespace eva_attn::cpu::avx512
 #pragma GCC pop_options

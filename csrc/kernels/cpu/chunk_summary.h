@@ -7,7 +7,7 @@ struct SummaryScratch {
     T *key_mean, *query_mean, *key_linear, *query_linear, *key_hat, *query_hat; // [kChunksPerTask, ld]
     T *landmark_key, *landmark_query, *grad_a, *grad_b, *grad_mean;             // [kChunksPerTask, ld]
     T *row, *beta;                                                              // [ld]
-    T *key_rstd, *query_rstd;                                                   // [kChunksPerTask]
+    T *key_rstd, *query_rstd, *divisor;                                         // [kChunksPerTask]
     double *weights, *grad_p;                                                   // [members]
     int32_t* members;                                                           // [members]
     size_t bytes;
@@ -24,6 +24,7 @@ struct SummaryScratch {
         beta = arena.take<T>(ld);
         key_rstd = arena.take<T>(kChunksPerTask);
         query_rstd = arena.take<T>(kChunksPerTask);
+        divisor = arena.take<T>(kChunksPerTask);
         weights = arena.take<double>(members_max);
         grad_p = arena.take<double>(members_max);
         members = arena.take<int32_t>(members_max);
@@ -48,6 +49,12 @@ inline int64_t chunk_members(const Geometry& g, const bool* mask, int64_t batch,
                 members[count++] = static_cast<int32_t>(token);
         }
     return count;
+}
+
+// What the sums over a chunk of `count` valid members are divided by.
+template <class T>
+inline T mean_divisor(const SummaryParams& p, int64_t count) {
+    return static_cast<T>(p.mean_divisor ? p.mean_divisor : detail::max(count, 1));
 }
 
 // landmark = A(mean) for `count` rows; keeps what backward needs.
@@ -150,7 +157,7 @@ void chunk_summary_fwd(const SummaryParams& p, int64_t begin, int64_t end, char*
         for (int64_t i = 0; i < group.count; ++i) {
             const int64_t count =
                 chunk_members(g, p.key_padding_mask, group.batch, group.first + i, s.members);
-            const T divisor = static_cast<T>(p.mean_divisor ? p.mean_divisor : detail::max(count, 1));
+            const T divisor = mean_divisor<T>(p, count);
             const auto average = [&](const Rows& rows, T* mean, void* out) {
                 for (int64_t j = 0; j < count; ++j) {
                     load_row<S, T>(rows, group.batch, group.head, s.members[j], head_dim, s.row);
@@ -269,6 +276,7 @@ void chunk_summary_bwd(const SummaryParams& p, int64_t begin, int64_t end, char*
             stats[0] = stats[1] = 0;
             const int64_t count =
                 chunk_members(g, p.key_padding_mask, group.batch, group.first + i, s.members);
+            s.divisor[i] = mean_divisor<T>(p, count);
             if (count == 0) continue;
             stats[0] = chunk_weights<S, T>(p, group, s, count, omega);
             for (int64_t j = 0; j < count; ++j) {
@@ -295,13 +303,9 @@ void chunk_summary_bwd(const SummaryParams& p, int64_t begin, int64_t end, char*
             project_backward(a, p.has_projection, group.count, head_dim, ld, hat, rstd, grad,
                              rows_of(linear, group.index), sums, s.grad_mean);
             for (int64_t i = 0; i < group.count; ++i) {
-                int64_t divisor = p.mean_divisor;
-                if (divisor == 0)
-                    divisor = detail::max(
-                        chunk_members(g, p.key_padding_mask, group.batch, group.first + i, s.members), 1);
                 T* out = rows_of(mean_out, group.index + i);
                 for (int64_t d = 0; d < ld; ++d)
-                    out[d] = d < head_dim ? s.grad_mean[i * ld + d] / static_cast<T>(divisor) : T(0);
+                    out[d] = d < head_dim ? s.grad_mean[i * ld + d] / s.divisor[i] : T(0);
             }
         };
         finish(p.key_projection, s.key_hat, s.key_rstd, grad_key, p.grad_key_linear, vectors,
@@ -314,28 +318,41 @@ void chunk_summary_bwd(const SummaryParams& p, int64_t begin, int64_t end, char*
     }
 }
 
-// Adds to the gradients of one valid token what its chunks' gradients pass on. key, value: its rows.
-template <class T>
-inline void add_chunk_terms(const Geometry& g, const ChunkTerms& terms, double scale, int64_t bh,
-                            int64_t token, int64_t head_dim, int64_t ld, const T* key, const T* value,
-                            T* grad_query, T* grad_key, T* grad_value) {
+// Calls body(index among all B H C) for the chunks that a token is a member of.
+template <class Body>
+inline void for_chunks_of(const Geometry& g, int64_t bh, int64_t token, Body body) {
     const int64_t position = token - g.num_prefix_tokens;
     const Box chunks = g.chunks_of(position / g.grid_width, position % g.grid_width);
     for (int64_t cy = chunks.y0; cy < chunks.y1; ++cy)
-        for (int64_t cx = chunks.x0; cx < chunks.x1; ++cx) {
-            const int64_t chunk = bh * g.num_chunks() + cy * g.chunk_columns() + cx;
-            const double* stats = static_cast<const double*>(terms.chunk_stats) + chunk * 2;
-            const T* omega = static_cast<const T*>(terms.omega) + chunk * ld;
-            const T* grad_beta = static_cast<const T*>(terms.grad_beta) + chunk * ld;
-            const double weight = __builtin_exp(chunk_logit(scale, omega, key, head_dim) - stats[0]);
-            const T grad_logit =
-                static_cast<T>(scale * weight * (exact_dot(grad_beta, value, head_dim) - stats[1]));
-            add_scaled(grad_value, static_cast<T>(weight), grad_beta, head_dim);
-            add_scaled(grad_key, grad_logit, omega, head_dim);
-            add_scaled(grad_key, -grad_logit, key, head_dim);
-            add_scaled(grad_key, T(1), static_cast<const T*>(terms.grad_key_mean) + chunk * ld, head_dim);
-            add_scaled(grad_query, T(1), static_cast<const T*>(terms.grad_query_mean) + chunk * ld, head_dim);
-        }
+        for (int64_t cx = chunks.x0; cx < chunks.x1; ++cx)
+            body(bh * g.num_chunks() + cy * g.chunk_columns() + cx);
+}
+
+// Adds to the gradients of one valid token what its chunks' gradients pass on: to those of its key and value,
+// given as rows, and of its query.
+template <class T>
+inline void add_key_value_terms(const Geometry& g, const ChunkTerms& terms, double scale, int64_t bh,
+                                int64_t token, int64_t head_dim, int64_t ld, const T* key, const T* value,
+                                T* grad_key, T* grad_value) {
+    for_chunks_of(g, bh, token, [&](int64_t chunk) {
+        const double* stats = static_cast<const double*>(terms.chunk_stats) + chunk * 2;
+        const T* omega = static_cast<const T*>(terms.omega) + chunk * ld;
+        const T* grad_beta = static_cast<const T*>(terms.grad_beta) + chunk * ld;
+        const double weight = __builtin_exp(chunk_logit(scale, omega, key, head_dim) - stats[0]);
+        const T grad_logit =
+            static_cast<T>(scale * weight * (exact_dot(grad_beta, value, head_dim) - stats[1]));
+        add_scaled(grad_value, static_cast<T>(weight), grad_beta, head_dim);
+        add_scaled(grad_key, grad_logit, omega, head_dim);
+        add_scaled(grad_key, -grad_logit, key, head_dim);
+        add_scaled(grad_key, T(1), static_cast<const T*>(terms.grad_key_mean) + chunk * ld, head_dim);
+    });
+}
+template <class T>
+inline void add_query_terms(const Geometry& g, const ChunkTerms& terms, int64_t bh, int64_t token,
+                            int64_t head_dim, int64_t ld, T* grad_query) {
+    for_chunks_of(g, bh, token, [&](int64_t chunk) {
+        add_scaled(grad_query, T(1), static_cast<const T*>(terms.grad_query_mean) + chunk * ld, head_dim);
+    });
 }
 
 template <class S, class T>
@@ -359,8 +376,9 @@ void chunk_terms(const TermsParams& p, int64_t begin, int64_t end, char* scratch
                 !is_padding(p.key_padding_mask, batch, g.num_tokens(), token)) {
                 load_row<S, T>(p.key, batch, head, token, head_dim, key);
                 load_row<S, T>(p.value, batch, head, token, head_dim, value);
-                add_chunk_terms(g, p.chunk_terms, p.scale, bh, token, head_dim, ld, key, value, grad_query,
-                                grad_key, grad_value);
+                add_query_terms(g, p.chunk_terms, bh, token, head_dim, ld, grad_query);
+                add_key_value_terms(g, p.chunk_terms, p.scale, bh, token, head_dim, ld, key, value, grad_key,
+                                    grad_value);
             }
             store_row<S, T>(p.grad_query, batch, head, token, head_dim, grad_query);
             store_row<S, T>(p.grad_key, batch, head, token, head_dim, grad_key);

@@ -108,7 +108,6 @@ struct AttentionParams {
     void* grad_global_value;               // T [B H, pieces, C + P, padded D]
     void* grad_relative_bias;              // T [B H, pieces, bias_height * bias_width] or null
     ChunkTerms chunk_terms;
-    double chunk_scale;
 };
 
 struct TermsParams {

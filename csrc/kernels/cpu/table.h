@@ -1,4 +1,13 @@
-// The functions of one instruction set, by dtype. Included last.
+// All kernels of one instruction set: included once by each translation unit, behind its target pragma,
+// inside the set's namespace and with EVA_VECTOR_BYTES and EVA_VECTOR_COLUMNS defined.
+
+namespace {
+
+// clang-format off: each builds on the one before
+#include "kernels/cpu/simd.h"
+#include "kernels/cpu/chunk_summary.h"
+#include "kernels/cpu/window_attention.h"
+// clang-format on
 
 template <class S, class T>
 constexpr Kernels make_table() {
@@ -23,3 +32,18 @@ constexpr Kernels kFloatTable = make_table<float, float>();
 constexpr Kernels kDoubleTable = make_table<double, double>();
 constexpr Kernels kBFloat16Table = make_table<BFloat16, float>();
 constexpr Kernels kHalfTable = make_table<Half, float>();
+
+} // namespace
+
+const Kernels& table(DType dtype) {
+    switch (dtype) {
+    case DType::kDouble:
+        return kDoubleTable;
+    case DType::kBFloat16:
+        return kBFloat16Table;
+    case DType::kHalf:
+        return kHalfTable;
+    default:
+        return kFloatTable;
+    }
+}

@@ -59,7 +59,7 @@ class JointAttention {
     size_t bytes;
 
     void forward(int64_t task) {
-        if (!start(task)) return;
+        if (!start(task, false)) return;
         for (int64_t window = first_window; window < last_window; ++window) {
             list_tokens(g.window_box(window), queries);
             finish_padding(g.window_box(window));
@@ -71,7 +71,7 @@ class JointAttention {
             for (int64_t i = 0; i < queries.size; i += tile_rows) {
                 const int64_t rows = detail::min(tile_rows, queries.size - i);
                 load_queries(queries.token + i, rows, false);
-                build_init(window, i, rows, true, keys_list);
+                build_init(window, i, rows, keys_list);
                 product<T>(rows, columns, head_dim, query, ld, 1, key_t, ld_score, score, ld_score, init,
                            ld_score);
                 softmax(queries.token + i, rows, columns);
@@ -85,7 +85,7 @@ class JointAttention {
 
     // Gradients of the global columns, summed over the queries of this task.
     void backward_global(int64_t task) {
-        start(task);
+        start(task, true);
         zero(grad_key_rows, globals * ld);
         zero(grad_value_rows, globals * ld);
         for (int64_t window = first_window; window < last_window; ++window) {
@@ -95,9 +95,9 @@ class JointAttention {
             for (int64_t i = 0; i < queries.size; i += tile_rows) {
                 const int64_t rows = detail::min(tile_rows, queries.size - i);
                 load_queries(queries.token + i, rows, true);
-                build_init(window, i, rows, true, keys_list);
-                backward_scores(queries.token + i, rows, globals);
-                accumulate_key_gradients(rows, 0, globals);
+                build_init(window, i, rows, keys_list);
+                backward_scores(queries.token + i, rows, 0, globals);
+                accumulate_key_gradients(rows, score, grad_score, 0, globals);
             }
         }
         if (g.num_prefix_tokens > 0 && task % p.pieces == 0) {
@@ -106,8 +106,8 @@ class JointAttention {
             for_prefix_queries([&](const int32_t* list, int64_t rows) {
                 for (int64_t r = 0; r < rows; ++r) fill_global_init(init + r * ld_score, globals);
                 init_shape = {};
-                backward_scores(list, rows, globals);
-                accumulate_key_gradients(rows, 0, globals);
+                backward_scores(list, rows, 0, globals);
+                accumulate_key_gradients(rows, score, grad_score, 0, globals);
             });
         }
         T* key_out = static_cast<T*>(p.grad_global_key) + task * globals * ld;
@@ -118,7 +118,7 @@ class JointAttention {
 
     // Gradients of the tokens in this task's windows.
     void backward(int64_t task) {
-        const bool any = start(task);
+        const bool any = start(task, true);
         T* bias_out = nullptr;
         if (p.grad_relative_bias) {
             bias_out = static_cast<T*>(p.grad_relative_bias) + task * g.bias_height * g.bias_width;
@@ -132,12 +132,9 @@ class JointAttention {
             const bool fused = !g.windows_overlap();
             list_tokens(g.key_box(window), keys_list);
             query_pass(window, bias_out, fused);
-            if (!fused) {
-                own_keys_pass(window);
-            } else {
-                prefix_queries_pass(globals);
-            }
-            store_key_gradients(globals);
+            if (!fused) own_keys_pass(window);
+            prefix_queries_pass();
+            store_key_gradients();
         }
     }
 
@@ -151,12 +148,7 @@ class JointAttention {
                 delta[r] = 0;
             }
             zero(out, rows * ld);
-            for_key_blocks([&](int64_t first, int64_t count) {
-                for (int64_t j = 0; j < count; ++j) keys_block[j] = static_cast<int32_t>(first + j);
-                load_block(count);
-                block_init(rows, count);
-                product<T>(rows, count, head_dim, query, ld, 1, block_key_t, block_ld, block_score, block_ld,
-                           block_score, block_ld);
+            for_key_blocks(rows, [&](int64_t count) {
                 for (int64_t r = 0; r < rows; ++r) {
                     T* s = block_score + r * block_ld;
                     T top = maximum[r];
@@ -198,12 +190,7 @@ class JointAttention {
         for_prefix_tiles([&](const int32_t* list, int64_t rows) {
             load_queries(list, rows, true);
             zero(out, rows * ld);
-            for_key_blocks([&](int64_t first, int64_t count) {
-                for (int64_t j = 0; j < count; ++j) keys_block[j] = static_cast<int32_t>(first + j);
-                load_block(count);
-                block_init(rows, count);
-                product<T>(rows, count, head_dim, query, ld, 1, block_key_t, block_ld, block_score, block_ld,
-                           block_score, block_ld);
+            for_key_blocks(rows, [&](int64_t count) {
                 product<T>(rows, count, head_dim, grad_out, ld, 1, block_value_t, block_ld, block_grad,
                            block_ld, nullptr, 0);
                 for (int64_t r = 0; r < rows; ++r)
@@ -214,9 +201,7 @@ class JointAttention {
             for (int64_t r = 0; r < rows; ++r) {
                 const int64_t token = list[r];
                 if (is_padding(p.key_padding_mask, batch, tokens, token)) {
-                    zero_row<S>(p.grad_query, batch, head, token, head_dim);
-                    zero_row<S>(p.grad_key, batch, head, token, head_dim);
-                    zero_row<S>(p.grad_value, batch, head, token, head_dim);
+                    zero_gradients(token);
                     continue;
                 }
                 store_row<S, T>(p.grad_query, batch, head, token, head_dim, out + r * ld,
@@ -263,7 +248,7 @@ class JointAttention {
 
   private:
     // Loads the global columns; false if the task has no window.
-    bool start(int64_t task) {
+    bool start(int64_t task, bool backward) {
         const int64_t windows = g.num_windows();
         const int64_t bh = task / p.pieces, piece = task % p.pieces;
         first_window = windows * piece / p.pieces;
@@ -271,7 +256,7 @@ class JointAttention {
         init_shape = {};
         if (bh != current_bh) {
             start_head(bh);
-            load_globals();
+            load_globals(backward);
         }
         return first_window < last_window;
     }
@@ -284,7 +269,7 @@ class JointAttention {
                                : nullptr;
     }
 
-    void load_globals() {
+    void load_globals(bool backward) {
         const S* keys = static_cast<const S*>(p.landmark_key);
         const S* values = static_cast<const S*>(p.landmark_value);
         for (int64_t c = 0; c < landmarks; ++c) {
@@ -312,7 +297,7 @@ class JointAttention {
             }
         }
         transpose(key_rows, ld, globals, head_dim, key_t, ld_score);
-        transpose(value_rows, ld, globals, head_dim, value_t, ld_score);
+        if (backward) transpose(value_rows, ld, globals, head_dim, value_t, ld_score);
         pad_columns(globals);
     }
 
@@ -395,9 +380,8 @@ class JointAttention {
     }
 
     // What the scores of queries [first, first + rows) start from. Windows of the same shape share it.
-    void build_init(int64_t window, int64_t first, int64_t rows, bool with_globals, const TokenList& keys) {
-        const int64_t start_column = with_globals ? globals : 0;
-        const int64_t columns = start_column + keys.size;
+    void build_init(int64_t window, int64_t first, int64_t rows, const TokenList& keys) {
+        const int64_t columns = globals + keys.size;
         const bool shared =
             !p.key_padding_mask && !p.exclude_window_landmarks && !g.is_causal && rows == queries.size;
         if (shared) {
@@ -413,14 +397,10 @@ class JointAttention {
         for (int64_t r = 0; r < rows; ++r) {
             T* target = init + r * ld_score;
             const int32_t token = queries.token[first + r];
-            if (with_globals) {
-                fill_global_init(target, columns);
-                if (g.is_causal)
-                    for (int64_t c = token / g.chunk_width; c < landmarks; ++c) target[c] = -infinity<T>();
-            } else {
-                for (int64_t j = columns; j % kWidth<T> != 0; ++j) target[j] = -infinity<T>();
-            }
-            T* window_part = target + start_column;
+            fill_global_init(target, columns);
+            if (g.is_causal)
+                for (int64_t c = token / g.chunk_width; c < landmarks; ++c) target[c] = -infinity<T>();
+            T* window_part = target + globals;
             if (bias) {
                 const T* entry = bias + base - queries.place[first + r];
                 for (int64_t j = 0; j < keys.size; ++j) window_part[j] = entry[keys.place[j]];
@@ -513,22 +493,25 @@ class JointAttention {
         }
     }
 
-    void backward_scores(const int32_t* list, int64_t rows, int64_t columns,
-                         const int32_t* entries = nullptr) {
-        product<T>(rows, columns, head_dim, query, ld, 1, key_t, ld_score, score, ld_score, init, ld_score);
-        product<T>(rows, columns, head_dim, grad_out, ld, 1, value_t, ld_score, grad_score, ld_score, nullptr,
-                   0);
+    // Scores of columns [first, first + columns) into the columns from 0 on, and then to their gradients.
+    void backward_scores(const int32_t* list, int64_t rows, int64_t first, int64_t columns) {
+        product<T>(rows, columns, head_dim, query, ld, 1, key_t + first, ld_score, score, ld_score,
+                   init + first, ld_score);
+        product<T>(rows, columns, head_dim, grad_out, ld, 1, value_t + first, ld_score, grad_score, ld_score,
+                   nullptr, 0);
         for (int64_t r = 0; r < rows; ++r)
-            backward_row(score + r * ld_score, grad_score + r * ld_score, list[r], r,
-                         entries ? entries : column_token, columns);
+            backward_row(score + r * ld_score, grad_score + r * ld_score, list[r], r, column_token + first,
+                         columns);
     }
 
-    // Adds the tile's share of the gradients of columns [first, first + count).
-    void accumulate_key_gradients(int64_t rows, int64_t first, int64_t count) {
+    // Adds the tile's share of the gradients of columns [first, first + count), whose weights and score
+    // gradients start at the two pointers.
+    void accumulate_key_gradients(int64_t rows, const T* weights, const T* grad_scores, int64_t first,
+                                  int64_t count) {
         T* keys = grad_key_rows + first * ld;
         T* values = grad_value_rows + first * ld;
-        product<T>(count, head_dim, rows, score + first, 1, ld_score, grad_out, ld, values, ld, values, ld);
-        product<T>(count, head_dim, rows, grad_score + first, 1, ld_score, query, ld, keys, ld, keys, ld);
+        product<T>(count, head_dim, rows, weights, 1, ld_score, grad_out, ld, values, ld, values, ld);
+        product<T>(count, head_dim, rows, grad_scores, 1, ld_score, query, ld, keys, ld, keys, ld);
     }
 
     // Gradients of the window's queries; if `fused` those of its keys as well, where the two are the same
@@ -547,10 +530,12 @@ class JointAttention {
         for (int64_t i = 0; i < queries.size; i += tile_rows) {
             const int64_t rows = detail::min(tile_rows, queries.size - i);
             load_queries(queries.token + i, rows, true);
-            build_init(window, i, rows, true, keys_list);
-            backward_scores(queries.token + i, rows, columns);
+            build_init(window, i, rows, keys_list);
+            backward_scores(queries.token + i, rows, 0, columns);
             product<T>(rows, head_dim, columns, grad_score, ld_score, 1, key_rows, ld, out, ld, nullptr, 0);
-            if (fused) accumulate_key_gradients(rows, globals, keys_list.size);
+            if (fused)
+                accumulate_key_gradients(rows, score + globals, grad_score + globals, globals,
+                                         keys_list.size);
             for (int64_t r = 0; r < rows; ++r) {
                 const int32_t token = queries.token[i + r];
                 if (bias_out) {
@@ -561,23 +546,12 @@ class JointAttention {
                 }
                 T* dq = out + r * ld;
                 for (int64_t d = 0; d < head_dim; ++d) dq[d] *= static_cast<T>(p.scale);
-                add_query_terms(token, dq);
+                if (p.chunk_terms.omega)
+                    add_query_terms(g, p.chunk_terms, current_bh, token, head_dim, ld, dq);
                 store_row<S, T>(p.grad_query, batch, head, token, head_dim, dq);
             }
         }
         queries = saved;
-    }
-
-    void add_query_terms(int64_t token, T* dq) const {
-        if (!p.chunk_terms.omega) return;
-        const int64_t position = token - g.num_prefix_tokens;
-        const Box chunks = g.chunks_of(position / g.grid_width, position % g.grid_width);
-        for (int64_t cy = chunks.y0; cy < chunks.y1; ++cy)
-            for (int64_t cx = chunks.x0; cx < chunks.x1; ++cx)
-                add_scaled(dq, T(1),
-                           static_cast<const T*>(p.chunk_terms.grad_query_mean) +
-                               (current_bh * g.num_chunks() + cy * g.chunk_columns() + cx) * ld,
-                           head_dim);
     }
 
     // Overlapping windows: gradients of the window's own tokens as keys, from every window that sees them.
@@ -595,45 +569,31 @@ class JointAttention {
                     const int64_t rows = detail::min(tile_rows, queries.size - i);
                     load_queries(queries.token + i, rows, true);
                     init_shape = {};
-                    build_init(other, i, rows, true, own);
+                    build_init(other, i, rows, own);
                     for (int64_t j = 0; j < own.size; ++j) {
                         const int64_t position = own.token[j] - g.num_prefix_tokens;
                         if (visible.contains(position / g.grid_width, position % g.grid_width)) continue;
                         for (int64_t r = 0; r < rows; ++r) init[r * ld_score + globals + j] = -infinity<T>();
                     }
                     init_shape = {};
-                    own_key_scores(queries.token + i, rows);
-                    accumulate_own(rows);
+                    own_key_gradients(queries.token + i, rows);
                 }
             }
-        prefix_queries_pass(globals);
     }
 
-    // Scores against the own keys alone, which lie behind the global columns.
-    void own_key_scores(const int32_t* list, int64_t rows) {
-        product<T>(rows, own.size, head_dim, query, ld, 1, key_t + globals, ld_score, score, ld_score,
-                   init + globals, ld_score);
-        product<T>(rows, own.size, head_dim, grad_out, ld, 1, value_t + globals, ld_score, grad_score,
-                   ld_score, nullptr, 0);
-        for (int64_t r = 0; r < rows; ++r)
-            backward_row(score + r * ld_score, grad_score + r * ld_score, list[r], r, column_token + globals,
-                         own.size);
-    }
-    void accumulate_own(int64_t rows) {
-        T* keys = grad_key_rows + globals * ld;
-        T* values = grad_value_rows + globals * ld;
-        product<T>(own.size, head_dim, rows, score, 1, ld_score, grad_out, ld, values, ld, values, ld);
-        product<T>(own.size, head_dim, rows, grad_score, 1, ld_score, query, ld, keys, ld, keys, ld);
+    // The tile's share of the gradients of the own keys alone, which lie behind the global columns.
+    void own_key_gradients(const int32_t* list, int64_t rows) {
+        backward_scores(list, rows, globals, own.size);
+        accumulate_key_gradients(rows, score, grad_score, globals, own.size);
     }
 
     // Prefix queries see every token: their share of the own keys' gradients.
-    void prefix_queries_pass(int64_t column) {
+    void prefix_queries_pass() {
         if (g.num_prefix_tokens == 0) return;
         for_prefix_queries([&](const int32_t* list, int64_t rows) {
-            for (int64_t r = 0; r < rows; ++r) zero(init + r * ld_score + column, own.size);
+            for (int64_t r = 0; r < rows; ++r) zero(init + r * ld_score + globals, own.size);
             init_shape = {};
-            own_key_scores(list, rows);
-            accumulate_own(rows);
+            own_key_gradients(list, rows);
         });
     }
 
@@ -662,11 +622,11 @@ class JointAttention {
     }
     void finish_padding_gradients(const Box& box) {
         if (!p.key_padding_mask) return;
-        for_padding(box, [&](int64_t token) {
-            zero_row<S>(p.grad_query, batch, head, token, head_dim);
-            zero_row<S>(p.grad_key, batch, head, token, head_dim);
-            zero_row<S>(p.grad_value, batch, head, token, head_dim);
-        });
+        for_padding(box, [&](int64_t token) { zero_gradients(token); });
+    }
+    void zero_gradients(int64_t token) {
+        for (const Rows* gradient : {&p.grad_query, &p.grad_key, &p.grad_value})
+            zero_row<S>(*gradient, batch, head, token, head_dim);
     }
     template <class Body>
     void for_padding(const Box& box, Body body) {
@@ -675,17 +635,14 @@ class JointAttention {
                 if (is_padding(p.key_padding_mask, batch, tokens, g.token(y, x))) body(g.token(y, x));
     }
 
-    void store_key_gradients(int64_t column) {
+    void store_key_gradients() {
         for (int64_t j = 0; j < own.size; ++j) {
             const int64_t token = own.token[j];
-            T* dk = grad_key_rows + (column + j) * ld;
-            T* dv = grad_value_rows + (column + j) * ld;
-            if (p.chunk_terms.omega) {
-                // The query's terms were added in query_pass: here they go nowhere.
-                zero(row, ld);
-                add_chunk_terms(g, p.chunk_terms, p.chunk_scale, current_bh, token, head_dim, ld,
-                                key_rows + (column + j) * ld, value_rows + (column + j) * ld, row, dk, dv);
-            }
+            T* dk = grad_key_rows + (globals + j) * ld;
+            T* dv = grad_value_rows + (globals + j) * ld;
+            if (p.chunk_terms.omega)
+                add_key_value_terms(g, p.chunk_terms, p.scale, current_bh, token, head_dim, ld,
+                                    key_rows + (globals + j) * ld, value_rows + (globals + j) * ld, dk, dv);
             store_row<S, T>(p.grad_key, batch, head, token, head_dim, dk);
             store_row<S, T>(p.grad_value, batch, head, token, head_dim, dv);
         }
@@ -700,10 +657,18 @@ class JointAttention {
             body(prefix_list, rows);
         }
     }
+    // Blocks of all keys, each with the scores of the loaded queries against it.
     template <class Body>
-    void for_key_blocks(Body body) {
-        for (int64_t first = 0; first < tokens; first += kPrefixBlock)
-            body(first, detail::min(kPrefixBlock, tokens - first));
+    void for_key_blocks(int64_t rows, Body body) {
+        for (int64_t first = 0; first < tokens; first += kPrefixBlock) {
+            const int64_t count = detail::min(kPrefixBlock, tokens - first);
+            for (int64_t j = 0; j < count; ++j) keys_block[j] = static_cast<int32_t>(first + j);
+            load_block(count);
+            block_init(rows, count);
+            product<T>(rows, count, head_dim, query, ld, 1, block_key_t, block_ld, block_score, block_ld,
+                       block_score, block_ld);
+            body(count);
+        }
     }
     void load_block(int64_t count) {
         for (int64_t j = 0; j < count; ++j) {
