@@ -19,8 +19,16 @@ from benchmarks import harness
 
 from . import digits
 from .digits import SIDE
-from .train_digits import Options, Report, add_options, options_of, train, train_step, write_atomically
-from .vit import VisionTransformer
+from .train_digits import (
+    Options,
+    Report,
+    add_options,
+    make_model,
+    options_of,
+    train,
+    train_step,
+    write_atomically,
+)
 
 NAMES = {"softmax": "softmax", "eva": "EVA", "window": "window only", "performer": "Performer"}
 COLORS = {"softmax": "#333333", "eva": "#d1495b", "window": "#2e86ab", "performer": "#edae49"}
@@ -69,14 +77,7 @@ def step_calls(options: Options) -> dict[str, harness.Call]:
 
 
 def _step_call(options: Options, images: Tensor, labels: Tensor) -> harness.Call:
-    torch.manual_seed(options.seed)
-    model = VisionTransformer(
-        options.attention,
-        patch_size=options.patch_size,
-        width=options.width,
-        depth=options.depth,
-        heads=options.heads,
-    ).to(images.device)
+    model = make_model(options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     return lambda: train_step(model, optimizer, images, labels, options.dtype)
 

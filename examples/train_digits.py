@@ -57,6 +57,18 @@ class Report:
     test_accuracy: float
 
 
+def make_model(options: Options) -> VisionTransformer:
+    """A fresh model on the run's device, the same for the same options."""
+    torch.manual_seed(options.seed)
+    return VisionTransformer(
+        options.attention,
+        patch_size=options.patch_size,
+        width=options.width,
+        depth=options.depth,
+        heads=options.heads,
+    ).to(options.device)
+
+
 class Training:
     """A model with its optimizer, at a step of its run."""
 
@@ -73,14 +85,7 @@ class Training:
         self.losses: list[float] = []
         self.curve: list[tuple[int, float, float]] = []
 
-        torch.manual_seed(options.seed)
-        self.model = VisionTransformer(
-            options.attention,
-            patch_size=options.patch_size,
-            width=options.width,
-            depth=options.depth,
-            heads=options.heads,
-        ).to(self.device)
+        self.model = make_model(options)
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() <= 1]
         self.optimizer = torch.optim.AdamW(

@@ -35,27 +35,30 @@ EXACT = 1e-12
 on_devices = pytest.mark.parametrize("device", DEVICES)
 
 
+def assert_agree(case: Case, device: str) -> None:
+    """Operator and oracle, in output and all gradients."""
+    given = op_cases.arguments(case, device)
+    assert_near(outcome(functional, case, given), outcome(reference, case, given), ORACLE)
+
+
 @on_devices
 @pytest.mark.parametrize("name", FIXED)
 def test_fixed_cases(name: str, device: str) -> None:
-    given = op_cases.arguments(FIXED[name], device)
-    assert_near(outcome(functional, FIXED[name], given), outcome(reference, FIXED[name], given), ORACLE)
+    assert_agree(FIXED[name], device)
 
 
 @on_devices
 @op_cases.seeded(400)
 @hypothesis.given(case=op_cases.cases())
 def test_random_cases(device: str, case: Case) -> None:
-    given = op_cases.arguments(case, device)
-    assert_near(outcome(functional, case, given), outcome(reference, case, given), ORACLE)
+    assert_agree(case, device)
 
 
 @on_devices
 @op_cases.seeded(150)
 @hypothesis.given(case=op_cases.causal_cases())
 def test_random_causal_cases(device: str, case: Case) -> None:
-    given = op_cases.arguments(case, device)
-    assert_near(outcome(functional, case, given), outcome(reference, case, given), ORACLE)
+    assert_agree(case, device)
 
 
 @on_devices
@@ -335,9 +338,7 @@ SIZES = {
 @on_devices
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes(name: str, device: str) -> None:
-    case = SIZES[name]
-    given = op_cases.arguments(case, device)
-    assert_near(outcome(functional, case, given), outcome(reference, case, given), ORACLE)
+    assert_agree(SIZES[name], device)
 
 
 # Up to and around multiples of the lengths of vectors, and to 256.
