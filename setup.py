@@ -163,7 +163,7 @@ else:
 
     # torch's own flags take half and bfloat16 conversions and operators away.
     taken = ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
-    nvcc = ["-O3", "-std=c++20", *(f"-U__CUDA_NO_{name}__" for name in taken)]
+    nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", *(f"-U__CUDA_NO_{name}__" for name in taken)]
     nvcc += ["-Xcompiler", "-g0,-fvisibility=hidden,-Wall,-Wextra", *system_includes]
 
     extension = Extension(

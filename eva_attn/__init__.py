@@ -50,7 +50,7 @@ from . import _C  # noqa: E402
 
 _check_torch(_C.build_info())  # the file may have been left behind
 
-from . import functional, official, reference  # noqa: E402
+from . import estimators, functional, official, reference  # noqa: E402
 from .functional import eva_attention, eva_attention_qkvpacked  # noqa: E402
 from .modules import EVAttention, LandmarkProjection  # noqa: E402
 
@@ -58,6 +58,7 @@ __all__ = [
     "EVAttention",
     "LandmarkProjection",
     "build_info",
+    "estimators",
     "eva_attention",
     "eva_attention_qkvpacked",
     "functional",

@@ -9,13 +9,13 @@ namespace eva_attn {
 struct Box {
     int64_t y0, y1, x0, x1;
 
-    int64_t height() const { return y1 - y0; }
-    int64_t width() const { return x1 - x0; }
-    bool empty() const { return y0 >= y1 || x0 >= x1; }
-    bool contains(const Box& other) const {
+    constexpr int64_t height() const { return y1 - y0; }
+    constexpr int64_t width() const { return x1 - x0; }
+    constexpr bool empty() const { return y0 >= y1 || x0 >= x1; }
+    constexpr bool contains(const Box& other) const {
         return y0 <= other.y0 && other.y1 <= y1 && x0 <= other.x0 && other.x1 <= x1;
     }
-    bool contains(int64_t y, int64_t x) const { return y0 <= y && y < y1 && x0 <= x && x < x1; }
+    constexpr bool contains(int64_t y, int64_t x) const { return y0 <= y && y < y1 && x0 <= x && x < x1; }
 };
 
 // A sequence of n tokens is a grid of height 1. `Int` is int64_t, or torch's symbolic integer where
@@ -40,10 +40,10 @@ struct BasicGeometry {
 };
 
 namespace detail {
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 } // namespace detail
 
 // What kernels see. Windows, chunks and overlaps are cut to the grid: more than that changes nothing but
@@ -79,34 +79,34 @@ struct Geometry {
         };
     }
 
-    int64_t num_tokens() const { return num_prefix_tokens + grid_height * grid_width; }
-    int64_t token(int64_t y, int64_t x) const { return num_prefix_tokens + y * grid_width + x; }
+    constexpr int64_t num_tokens() const { return num_prefix_tokens + grid_height * grid_width; }
+    constexpr int64_t token(int64_t y, int64_t x) const { return num_prefix_tokens + y * grid_width + x; }
 
-    int64_t window_rows() const { return detail::ceil_div(grid_height, window_height); }
-    int64_t window_columns() const { return detail::ceil_div(grid_width, window_width); }
-    int64_t num_windows() const { return window_rows() * window_columns(); }
-    int64_t chunk_rows() const { return detail::ceil_div(grid_height, chunk_height); }
-    int64_t chunk_columns() const { return detail::ceil_div(grid_width, chunk_width); }
-    int64_t num_chunks() const { return chunk_rows() * chunk_columns(); }
-    bool windows_overlap() const { return overlap_y > 0 || overlap_x > 0; }
+    constexpr int64_t window_rows() const { return detail::ceil_div(grid_height, window_height); }
+    constexpr int64_t window_columns() const { return detail::ceil_div(grid_width, window_width); }
+    constexpr int64_t num_windows() const { return window_rows() * window_columns(); }
+    constexpr int64_t chunk_rows() const { return detail::ceil_div(grid_height, chunk_height); }
+    constexpr int64_t chunk_columns() const { return detail::ceil_div(grid_width, chunk_width); }
+    constexpr int64_t num_chunks() const { return chunk_rows() * chunk_columns(); }
+    constexpr bool windows_overlap() const { return overlap_y > 0 || overlap_x > 0; }
 
     // Queries of a window.
-    Box window_box(int64_t window) const {
+    constexpr Box window_box(int64_t window) const {
         return cell(window / window_columns(), window % window_columns(), window_height, window_width, 0, 0,
                     0);
     }
     // Keys of a window: `overlap` further on every side, of a causal window to the left only.
-    Box key_box(int64_t window) const {
+    constexpr Box key_box(int64_t window) const {
         return cell(window / window_columns(), window % window_columns(), window_height, window_width,
                     overlap_y, overlap_x, is_causal ? 0 : overlap_x);
     }
     // Members of a chunk.
-    Box chunk_box(int64_t chunk) const {
+    constexpr Box chunk_box(int64_t chunk) const {
         return cell(chunk / chunk_columns(), chunk % chunk_columns(), chunk_height, chunk_width,
                     chunk_overlap_y, chunk_overlap_x, chunk_overlap_x);
     }
     // Windows whose keys may include a token of `window`, as a box of window rows and columns.
-    Box windows_seeing(int64_t window) const {
+    constexpr Box windows_seeing(int64_t window) const {
         const Box own = window_box(window);
         return Box{
             detail::max(detail::floor_div(own.y0 - overlap_y, window_height), 0),
@@ -116,7 +116,7 @@ struct Geometry {
         };
     }
     // Chunks that the grid position (y, x) is a member of, as a box of chunk rows and columns.
-    Box chunks_of(int64_t y, int64_t x) const {
+    constexpr Box chunks_of(int64_t y, int64_t x) const {
         return Box{
             detail::max(detail::floor_div(y - chunk_overlap_y, chunk_height), 0),
             detail::min((y + chunk_overlap_y) / chunk_height + 1, chunk_rows()),
@@ -126,8 +126,8 @@ struct Geometry {
     }
 
   private:
-    Box cell(int64_t row, int64_t column, int64_t height, int64_t width, int64_t reach_y, int64_t reach_left,
-             int64_t reach_right) const {
+    constexpr Box cell(int64_t row, int64_t column, int64_t height, int64_t width, int64_t reach_y,
+                       int64_t reach_left, int64_t reach_right) const {
         return Box{
             detail::max(row * height - reach_y, 0),
             detail::min((row + 1) * height + reach_y, grid_height),

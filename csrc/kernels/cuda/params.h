@@ -1,0 +1,112 @@
+// What the CUDA kernels are told. Strides are in elements. S is the tensors' dtype, T the accumulation type
+// (double for double, else float). Nothing is padded: rows are D long.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/geometry.h"
+#include "kernels/philox.h"
+
+namespace eva_attn::cuda {
+
+enum class DType { kFloat, kDouble, kBFloat16, kHalf };
+
+// A [B, H, N, D] tensor.
+struct Rows {
+    void* data;
+    int64_t batch_stride, head_stride, token_stride, dim_stride;
+};
+
+struct Shape {
+    int64_t batch, heads, head_dim;
+    Geometry geometry;
+};
+
+// A = Linear(D, D), then LayerNorm(D). norm_weight null: no LayerNorm.
+struct Projection {
+    DType dtype;             // of all four
+    const void* weight;      // [D out, D in], contiguous
+    const void* bias;        // [D] or null
+    const void* norm_weight; // [D] or null
+    const void* norm_bias;   // [D] or null
+};
+
+struct SummaryParams {
+    Shape shape;
+    Rows query, key, value;       // in
+    const bool* key_padding_mask; // [B, N] or null
+    const void* noise;            // T [B, H, C, D] or null
+    Projection key_projection, query_projection;
+    bool has_projection;       // false: identity
+    bool has_query_projection; // false beside has_projection: "key-only", mu = 0
+    double scale, mu_scale, norm_eps;
+    int64_t mean_divisor; // 0: the number of valid tokens
+    // forward: out; backward: in
+    void* landmark_key;   // S [B, H, C, D]
+    void* landmark_value; // S [B, H, C, D]
+    void* key_mean;       // T [B, H, C, D]
+    void* query_mean;     // T [B, H, C, D], unused where mu = 0
+    // backward, in: landmark gradients as `pieces` summands, added in order
+    const void* grad_landmark_key;   // T [B H, pieces, global columns, D], landmarks first
+    const void* grad_landmark_value; // T [B H, pieces, global columns, D]
+    int64_t pieces, global_columns;
+    // backward, out: what each member token needs of its chunk
+    void* omega;           // T [B H C, D]
+    void* grad_beta;       // T [B H C, D]
+    void* grad_key_mean;   // T [B H C, D], divided by the mean's divisor
+    void* grad_query_mean; // T [B H C, D], likewise
+    void* chunk_stats;     // T [B H C, 2]: log-sum-exp of the chunk, sum_j p_j (grad_beta . v_j)
+    void* token_weight;    // T [B, H, N]: p_j; only where each token is in one chunk (no chunk overlap)
+    void* token_grad;      // T [B, H, N]: scale * p_j * (grad_beta . v_j - sum), the gradient of the logit
+    // backward, out: for the projections' gradients
+    void* grad_key_linear;   // T [B H C, D]: gradient of the Linear's output
+    void* grad_query_linear; // T [B H C, D]
+    void* key_hat;           // T [B H C, D]: LayerNorm's normalised input; null without LayerNorm
+    void* query_hat;         // T [B H C, D]
+    void* grad_key_out;      // T [B H C, D]: gradient of A's output
+    void* grad_query_out;    // T [B H C, D]
+};
+
+// What the joint attention's backward adds for each token as a member of its chunks; omega null: nothing.
+struct ChunkTerms {
+    const void* omega;
+    const void* grad_beta;
+    const void* grad_key_mean;
+    const void* grad_query_mean;
+    const void* chunk_stats;
+    const void* token_weight;
+    const void* token_grad;
+};
+
+struct AttentionParams {
+    Shape shape;
+    Rows query, key, value;     // in
+    int64_t num_landmarks;      // 0: window only
+    const void* landmark_key;   // S [B, H, C, D]
+    const void* landmark_value; // S [B, H, C, D]
+    const void* landmark_bias;  // T [B, C] or null
+    const int32_t* extents;     // [B or 1, C, 4]: box (y0, y1, x0, x1) of each chunk's valid members, or null:
+                                // none is empty and none is excluded
+    int64_t extents_batch_stride;
+    const void* relative_bias; // T [H or 1, bias_height, bias_width] or null
+    int64_t relative_bias_head_stride;
+    const bool* key_padding_mask; // [B, N] or null
+    bool exclude_window_landmarks;
+    Dropout dropout;             // its seed is read on the device:
+    const int64_t* dropout_seed; // [1], on the device; null without dropout
+    double scale;
+    Rows output;     // forward: out; backward: in
+    void* logsumexp; // T [B, H, N], natural logarithm, +inf for an empty row; forward: out; backward: in
+    // backward
+    Rows grad_output;                      // in
+    Rows grad_query, grad_key, grad_value; // out
+    void* delta;                           // T [B, H, N]: grad_output . output; out of the first kernel, in of the rest
+    int64_t pieces;                        // summands of the gradients of the global columns
+    void* grad_global_key;                 // T [B H, pieces, C + P, D], of landmarks and prefix keys
+    void* grad_global_value;               // T [B H, pieces, C + P, D]
+    int64_t bias_pieces;                   // summands of the bias gradient for each (batch, head)
+    void* grad_relative_bias;              // T [B H, bias_pieces, bias_height * bias_width] or null
+    ChunkTerms chunk_terms;
+};
+
+} // namespace eva_attn::cuda
