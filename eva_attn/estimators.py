@@ -14,9 +14,9 @@ unbiased estimate of softmax attention. The same b = g / h for all keys makes it
 and one coefficient for each chunk of the rest.
 
 Plain PyTorch, written to be read: all but `rfa` are quadratic in the number of tokens. Shapes, of any
-floating dtype: `query` [B, H, N_query, D], `key` and `value` [B, H, N_key, D], `omega` [S, D], samples of N(0, I), or
-[B or 1, H or 1, S, D], samples for each batch and head. `scale`, which must not be negative, defaults to
-D ** -0.5.
+floating dtype: `query` [B, H, N_query, D], `key` and `value` [B, H, N_key, D], `omega`, samples of N(0, I),
+[S, D], or [B or 1, H or 1, S, D] with samples for each batch and head. `scale`, which must not be negative,
+defaults to D ** -0.5.
 """
 
 from torch import Tensor

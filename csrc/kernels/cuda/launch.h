@@ -21,8 +21,8 @@ void window_attention_bwd(DType, const AttentionParams&, cudaStream_t);
 
 } // namespace simt
 
-// Tensor cores, for bfloat16 and half. What `supports` refuses is the simt kernels' to do: it returns null, or the
-// reason why not, in words.
+// Tensor cores, for bfloat16 and half. What `supports` refuses is the simt kernels' to do: it returns null,
+// or the reason why not, in words.
 namespace mma {
 
 const char* supports(DType, const SummaryParams&);

@@ -85,8 +85,8 @@ struct AttentionParams {
     const void* landmark_key;   // S [B, H, C, D]
     const void* landmark_value; // S [B, H, C, D]
     const void* landmark_bias;  // T [B, C] or null
-    const int32_t* extents;     // [B or 1, C, 4]: box (y0, y1, x0, x1) of each chunk's valid members, or null:
-                                // none is empty and none is excluded
+    const int32_t* extents; // [B or 1, C, 4]: box (y0, y1, x0, x1) of each chunk's valid members, or null:
+                            // none is empty and none is excluded
     int64_t extents_batch_stride;
     const void* relative_bias; // T [H or 1, bias_height, bias_width] or null
     int64_t relative_bias_head_stride;
@@ -100,12 +100,12 @@ struct AttentionParams {
     // backward
     Rows grad_output;                      // in
     Rows grad_query, grad_key, grad_value; // out
-    void* delta;                           // T [B, H, N]: grad_output . output; out of the first kernel, in of the rest
-    int64_t pieces;                        // summands of the gradients of the global columns
-    void* grad_global_key;                 // T [B H, pieces, C + P, D], of landmarks and prefix keys
-    void* grad_global_value;               // T [B H, pieces, C + P, D]
-    int64_t bias_pieces;                   // summands of the bias gradient for each (batch, head)
-    void* grad_relative_bias;              // T [B H, bias_pieces, bias_height * bias_width] or null
+    void* delta;              // T [B, H, N]: grad_output . output; out of the first kernel, in of the rest
+    int64_t pieces;           // summands of the gradients of the global columns
+    void* grad_global_key;    // T [B H, pieces, C + P, D], of landmarks and prefix keys
+    void* grad_global_value;  // T [B H, pieces, C + P, D]
+    int64_t bias_pieces;      // summands of the bias gradient for each (batch, head)
+    void* grad_relative_bias; // T [B H, bias_pieces, bias_height * bias_width] or null
     ChunkTerms chunk_terms;
 };
 
