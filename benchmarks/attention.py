@@ -1,9 +1,10 @@
 """The attention core against its peers: `python -m benchmarks.attention`.
 
 EVA runs through `eva_attn.eva_attention_qkvpacked`, `scaled_dot_product_attention` on contiguous q, k, v,
-in the same process, call by call in turn. The ratio is SDPA's time over the peer's, both of the same round,
-median over rounds. GFLOP/s and GB/s divide what the mathematics needs at least (`benchmarks.cases`) by the
-time taken, whatever was really computed or moved.
+in the same process, call by call in turn. "x sdpa" (on CUDA "x cudnn", its fastest backend) is softmax's
+time over the peer's, both of the same round, median over rounds. GFLOP/s and GB/s divide what the mathematics
+needs at least (`benchmarks.cases`) by the time taken, whatever was really computed or moved; "x floor" is the
+time taken over that of copying the least bytes.
 """
 
 import argparse
@@ -13,8 +14,8 @@ from pathlib import Path
 import torch
 
 from . import harness
-from .cases import CASES, Case, least_bytes
-from .peers import Peer, make_peers
+from .cases import CASES, SWEEP, Case, least_bytes
+from .peers import Peer, make_peers, softmax_backends
 
 DEFAULT_CASES = {
     "cpu": ["deit_s_196", "deit_t_784", "pvt_3136", "grid_16384"],
@@ -36,11 +37,12 @@ class Result:
     peer: str
     milliseconds: float
     fastest: float
-    times_faster_than_sdpa: float
+    softmax: str  # what the next one compares with
+    times_faster_than_softmax: float
     gflops: float
     gbs: float
     of_matmul: float
-    of_copy: float
+    over_floor: float
     rounds: int
     peak_bytes: int | None = None
 
@@ -79,6 +81,7 @@ def run_case(
     """Measures the peers on `case` with the threads set now."""
     batch, heads = case.batch_and_heads(device.type)
     chosen = make_peers(case, device, DTYPES[dtype], peers)
+    softmax = next(iter(softmax_backends(device.type, DTYPES[dtype])))
     peaks: dict[tuple[str, str], int | None] = {}
     if memory:
         peaks = harness.peak_memory(all_calls, case, device, dtype, peers, device=device)
@@ -99,11 +102,12 @@ def run_case(
                     peer=name,
                     milliseconds=timing.median * 1e3,
                     fastest=min(timing.seconds) * 1e3,
-                    times_faster_than_sdpa=timing.times_faster_than(timings["sdpa"]),
+                    softmax=softmax,
+                    times_faster_than_softmax=timing.times_faster_than(timings[softmax]),
                     gflops=gflops,
                     gbs=gbs,
                     of_matmul=gflops / ceiling["matmul_gflops"],
-                    of_copy=gbs / ceiling["copy_gbs"],
+                    over_floor=ceiling["copy_gbs"] / gbs,
                     rounds=len(timing.seconds),
                     peak_bytes=peaks.get((direction, name)),
                 )
@@ -122,7 +126,7 @@ def title(case: Case, device: torch.device, dtype: str) -> str:
 
 def table(results: list[Result]) -> str:
     """The peers of one case, dtype and number of threads, forward above forward + backward."""
-    header = ["", "ms", "x sdpa", "GFLOP/s", "of matmul", "GB/s", "of copy", "peak MiB"]
+    header = ["", "ms", f"x {results[0].softmax}", "GFLOP/s", "of matmul", "GB/s", "x floor", "peak MiB"]
     rows = []
     for direction in PASSES:
         rows.append([f"{direction}:"] + [""] * (len(header) - 1))
@@ -132,11 +136,11 @@ def table(results: list[Result]) -> str:
                     [
                         f"  {r.peer}",
                         f"{r.milliseconds:.3f}" if r.milliseconds < 10 else f"{r.milliseconds:.1f}",
-                        f"{r.times_faster_than_sdpa:.2f}",
+                        f"{r.times_faster_than_softmax:.2f}",
                         f"{r.gflops:.0f}",
                         f"{r.of_matmul:.0%}",
                         f"{r.gbs:.1f}",
-                        f"{r.of_copy:.0%}",
+                        f"{r.over_floor:.2f}",
                         "-" if r.peak_bytes is None else f"{r.peak_bytes / 2**20:.1f}",
                     ]
                 )
@@ -144,14 +148,14 @@ def table(results: list[Result]) -> str:
 
 
 def scaling_table(results: list[Result]) -> str:
-    """How much faster EVA and SDPA get with threads."""
+    """How much faster EVA and softmax get with threads."""
     threads = sorted({r.threads for r in results})
     header = ["", *(f"{n} threads, ms" for n in threads), *(f"x of {threads[0]}" for _ in threads[1:])]
     by_key = {(r.case, r.dtype, r.direction, r.peer, r.threads): r.milliseconds for r in results}
     rows = []
     for case, dtype, direction, peer in dict.fromkeys(key[:-1] for key in by_key):
         times = [by_key[case, dtype, direction, peer, n] for n in threads]
-        if peer in ("eva", "sdpa"):
+        if peer in ("eva", results[0].softmax):
             ratios = [f"{times[0] / t:.2f}" for t in times[1:]]
             name = f"{case} {dtype} {direction}, {peer}"
             rows.append([name, *(f"{t:.2f}" for t in times), *ratios])
@@ -161,7 +165,9 @@ def scaling_table(results: list[Result]) -> str:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), metavar="NAME", help=", ".join(CASES))
+    names = [*CASES, *SWEEP]
+    parser.add_argument("--cases", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--sweep", action="store_true", help="the cases sweep_*: 49 to 50,176 tokens")
     parser.add_argument(
         "--dtype",
         nargs="+",
@@ -169,7 +175,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="default: float32 (and bfloat16 for deit_t_784) on the CPU, bfloat16 on CUDA",
     )
     parser.add_argument(
-        "--peers", nargs="+", metavar="PEER", help="only these, beside eva and sdpa (default: all)"
+        "--peers", nargs="+", metavar="PEER", help="only these, beside eva and softmax (default: all)"
     )
     parser.add_argument(
         "--threads", type=int, nargs="+", help="CPU threads; several print how the time scales"
@@ -177,6 +183,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=20, help="rounds (default: 20)")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there as well")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time against tokens, and a roofline")
     return parser.parse_args(arguments)
 
 
@@ -192,7 +199,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     device = torch.device(options.device)
     all_threads = options.threads or [torch.get_num_threads()]
-    peers = None if options.peers is None else ["eva", "sdpa", *options.peers]
+    names = list(SWEEP) if options.sweep else options.cases or DEFAULT_CASES[options.device]
+    cases = [(CASES | SWEEP)[name] for name in names]
     facts = harness.environment(device)
     print(harness.headline(facts))
 
@@ -200,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     ceilings: dict[tuple[int, str], dict[str, float]] = {}
     for threads in all_threads:
         torch.set_num_threads(threads)
-        for case in (CASES[name] for name in options.cases or DEFAULT_CASES[options.device]):
+        for case in cases:
             for dtype in dtypes_of(case.name, options):
                 if (threads, dtype) not in ceilings:
                     ceilings[threads, dtype] = limits = harness.roofline(device, DTYPES[dtype])
@@ -208,6 +216,9 @@ def main(arguments: list[str] | None = None) -> None:
                         f"{threads} threads, {dtype}: matrix product {limits['matmul_gflops']:.0f} GFLOP/s, "
                         f"copy {limits['copy_gbs']:.1f} GB/s"
                     )
+                peers = options.peers
+                if peers is not None:
+                    peers = ["eva", *softmax_backends(device.type, DTYPES[dtype]), *peers]
                 results = run_case(
                     case,
                     device,
@@ -221,16 +232,19 @@ def main(arguments: list[str] | None = None) -> None:
                 everything += results
     if len(all_threads) > 1:
         print(scaling_table(everything))
+    content = {
+        **facts,
+        "ceilings": [
+            {"threads": threads, "dtype": dtype, **limits} for (threads, dtype), limits in ceilings.items()
+        ],
+        "results": [asdict(result) for result in everything],
+    }
     if options.json:
-        content = {
-            **facts,
-            "ceilings": [
-                {"threads": threads, "dtype": dtype, **limits}
-                for (threads, dtype), limits in ceilings.items()
-            ],
-            "results": [asdict(result) for result in everything],
-        }
         harness.write_json(options.json, content)
+    if options.plot:
+        from .plot import draw
+
+        draw(content, options.plot)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,23 @@ CASES = {
         ),
     )
 }
+# Square grids of 49 to 50,176 tokens with 49 landmarks: the same number of tokens in all, ever longer.
+SWEEP = {
+    case.name: case
+    for case in (
+        Case(
+            f"sweep_{side * side}",
+            (224 // side) ** 2,
+            12,
+            (224 // side) ** 2,
+            1,
+            grid=(side, side),
+            window=(7, 7),
+            chunk=(side // 7, side // 7),
+        )
+        for side in (7, 14, 28, 56, 112, 224)
+    )
+}
 
 
 def softmax_flops(case: Case, backward: bool) -> float:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import eva_attn
 
 from .cases import Case, eva_flops, softmax_flops, window_flops
 
-DENSE_TOKENS = 4096  # the dense formula builds N x N logits: not beyond this
+DENSE_BYTES = 2**30  # of the dense formula's logits [B, H, N, N + C] in float32: not beyond this
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,18 @@ class Peer:
     function: Callable[[], Tensor]
     leaves: list[Tensor]
     flops: Callable[[Case, bool], float]
+
+
+def softmax_backends(device_type: str, dtype: torch.dtype) -> dict[str, SDPBackend | None]:
+    """Softmax by the backends of `scaled_dot_product_attention`, None being its own choice; the first is what
+    all peers are compared with.
+    """
+    if device_type == "cuda" and dtype.itemsize == 2:
+        return {
+            "cudnn": SDPBackend.CUDNN_ATTENTION,
+            "flash-attention-2": SDPBackend.FLASH_ATTENTION,
+        }
+    return {"sdpa": None}
 
 
 def make_peers(
@@ -55,11 +68,10 @@ def make_peers(
             [packed, *trained],
             eva_flops,
         ),
-        "sdpa": Peer(
-            lambda: F.scaled_dot_product_attention(query, key, value, is_causal=case.is_causal),
-            split,
-            softmax_flops,
-        ),
+        **{
+            name: Peer(softmax_attention(query, key, value, case.is_causal, backend), split, softmax_flops)
+            for name, backend in softmax_backends(device.type, dtype).items()
+        },
         "window only": Peer(
             lambda: eva_attn.functional.window_attention(
                 query,
@@ -79,7 +91,7 @@ def make_peers(
             [*split, *trained],
             eva_flops,
         )
-    if case.tokens <= DENSE_TOKENS:
+    if 4 * batch * heads * case.tokens * (case.tokens + case.landmarks) <= DENSE_BYTES:
         peers["dense formula"] = Peer(
             lambda: eva_attn.reference.eva_attention(
                 query, key, value, projection=projection, relative_bias=bias, **geometry
@@ -90,6 +102,17 @@ def make_peers(
     if device.type == "cuda" and case.tokens <= 2**14:  # its block mask is made through an N x N one
         peers["flex_attention window"] = Peer(flex_window(case, query, key, value), split, window_flops)
     return {name: peer for name, peer in peers.items() if chosen is None or name in chosen}
+
+
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, backend: SDPBackend | None
+) -> Callable[[], Tensor]:
+    """`scaled_dot_product_attention` by one backend, or by the one it chooses itself."""
+
+    def call() -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+
+    return call if backend is None else sdpa_kernel(backend)(call)
 
 
 def augmented_sdpa(

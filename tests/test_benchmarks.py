@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import attention, cases, harness
-from benchmarks.cases import CASES, Case
+from benchmarks import attention, cases, harness, train_step
+from benchmarks.cases import CASES, SWEEP, Case
 from benchmarks.peers import make_peers
 
 CPU = torch.device("cpu")
@@ -104,18 +104,38 @@ def test_command_prints_and_writes(monkeypatch, tmp_path, capsys):
     threads = torch.get_num_threads()
     path = tmp_path / "deeper" / "cpu.json"
     try:
-        attention.main(["--cases", "small", "--threads", "1", "2", "--repeats", "2", "--json", str(path)])
+        files = ["--json", str(path), "--plot", str(path.with_suffix(".png"))]
+        attention.main(["--cases", "small", "--threads", "1", "2", "--repeats", "2", *files])
     finally:
         torch.set_num_threads(threads)
     printed = capsys.readouterr().out
     for word in ("small: B 2, H 2, 6 x 8 tokens", "x sdpa", "GFLOP/s", "augmented sdpa", "2 threads, ms"):
         assert word in printed
+    assert path.with_suffix(".png").stat().st_size > 10_000
     content = json.loads(path.read_text())
     assert {"date", "commit", "device", "torch", "eva_attn", "ceilings", "results"} <= set(content)
     assert len(content["ceilings"]) == 2
     results = content["results"]
     assert len(results) == 2 * 2 * 5  # threads, directions, peers
-    assert all(r["times_faster_than_sdpa"] == 1 for r in results if r["peer"] == "sdpa")
+    assert all(r["times_faster_than_softmax"] == 1 for r in results if r["peer"] == "sdpa")
     eva = next(r for r in results if r["peer"] == "eva")
     flops = 4 * cases.eva_flops(SMALL, False)
     assert eva["gflops"] == pytest.approx(flops / eva["milliseconds"] / 1e6)
+    assert eva["over_floor"] == pytest.approx(10 / eva["gbs"])
+
+
+def test_sweep_is_the_same_work_but_for_softmax():
+    assert {case.batch * case.tokens for case in SWEEP.values()} == {224 * 224}
+    assert {case.landmarks for case in SWEEP.values()} == {49}
+
+
+def test_train_step_prints_every_attention(capsys, tmp_path):
+    path = tmp_path / "step.json"
+    sizes = {"batch": 2, "image-size": 14, "patch-size": 2, "width": 16, "depth": 1, "heads": 2, "repeats": 1}
+    flags = [f"--{name}={size}" for name, size in sizes.items()]
+    train_step.main(["--device=cpu", "--no-compile", *flags, f"--json={path}"])
+    printed = capsys.readouterr().out
+    milliseconds = json.loads(path.read_text())["milliseconds"]
+    for name in ("softmax", "eva", "window", "none"):
+        assert name in printed
+        assert milliseconds[name] > 0
