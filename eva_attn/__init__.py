@@ -52,9 +52,13 @@ _check_torch(_C.build_info())  # the file may have been left behind
 
 from . import estimators, functional, official, reference  # noqa: E402
 from .functional import eva_attention, eva_attention_qkvpacked  # noqa: E402
-from .modules import EVAttention, LandmarkProjection  # noqa: E402
+from .integrations import replace_attention  # noqa: E402
+from .modules import CausalEVAttention, EVAttention, LandmarkProjection  # noqa: E402
+from .multihead_attention import EVAMultiheadAttention  # noqa: E402
 
 __all__ = [
+    "CausalEVAttention",
+    "EVAMultiheadAttention",
     "EVAttention",
     "LandmarkProjection",
     "build_info",
@@ -64,13 +68,19 @@ __all__ = [
     "functional",
     "official",
     "reference",
+    "replace_attention",
 ]
 
 
 def build_info() -> dict[str, Any]:
-    """What was compiled in.
+    """What was compiled in, and what of it this CPU runs.
 
     `version` (of eva_attn), `torch` and `compiler` (their versions), `cuda` (bool), `cuda_version` and
-    `cuda_arches` (None without CUDA), `cpu_only_reason` (None with CUDA).
+    `cuda_arches` (None without CUDA), `cpu_only_reason` (None with CUDA), `cpu_capability` (the instruction
+    set that the CPU kernels use: "AVX512", "AVX2", or "DEFAULT" for the baseline).
     """
-    return {"version": __version__, **_C.build_info()}
+    return {
+        "version": __version__,
+        **_C.build_info(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }

@@ -60,7 +60,8 @@ def eva_attention(
             ascending.
         landmark_bias: [B, C], added to the logits of landmarks; -inf drops one. Gets no gradient.
         key_padding_mask: bool [B, N], True = padding: attended to by nobody, in no summary, output 0,
-            whatever it holds.
+            whatever it holds. A sequence padded at its end comes out as it would alone if `chunk_overlap` is
+            0; otherwise a chunk of padding alone that reaches valid tokens keeps its landmark.
         exclude_window_landmarks: drop a landmark where the query's window holds all the tokens that it stands
             for.
         log_count_bias: add the logarithm of the number of tokens that a landmark stands for to its logits.

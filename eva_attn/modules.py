@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import geometry
+from . import decoding, geometry
+from .decoding import DecodingState
 from .functional import eva_attention, eva_attention_qkvpacked
 from .geometry import Pair, Size
 
@@ -69,7 +70,232 @@ class LandmarkProjection(nn.Module):
         return f"kind={self.kind!r}"
 
 
-class EVAttention(nn.Module):
+class _EVA(nn.Module):
+    """What the modules have in common: landmark projection, relative bias and the other options."""
+
+    t5_buckets: Tensor
+
+    def _init_eva(
+        self,
+        num_heads: int,
+        head_dim: int,
+        *,
+        window_size: Size,
+        chunk_size: Size | None,
+        num_landmarks: int = 1,
+        grid_size: Pair | None = None,
+        overlap: Size,
+        chunk_overlap: Size = 0,
+        is_causal: bool = False,
+        projection: str,
+        relative_bias: str | None,
+        attn_drop: float,
+        num_prefix_tokens: int = 0,
+        exclude_window_landmarks: bool,
+        log_count_bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        _at_least("num_landmarks", num_landmarks, 1)
+        _at_least("num_prefix_tokens", num_prefix_tokens, 0)
+        sizes = {
+            "window_size": (window_size, 1),
+            "overlap": (overlap, 0),
+            "chunk_overlap": (chunk_overlap, 0),
+        }
+        if chunk_size is not None:
+            sizes["chunk_size"] = (chunk_size, 1)
+        for name, (size, minimum) in sizes.items():
+            for length in geometry.pair(name, size, (1, 1), 1):
+                _at_least(name, length, minimum)
+        if grid_size is not None:
+            for length in geometry.grid(grid_size, 0, 0):
+                _at_least("grid_size", length, 1)
+        if not 0 <= attn_drop < 1:
+            raise ValueError(f"attn_drop: expected a probability in [0, 1), got {attn_drop}")
+        if relative_bias not in (None, "table", "t5"):
+            raise ValueError(f"relative_bias: expected None, 'table' or 't5', got {relative_bias!r}")
+
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.window_size = window_size
+        self.num_landmarks = num_landmarks
+        self.chunk_size = chunk_size
+        self.grid_size = grid_size
+        self.overlap = overlap
+        self.chunk_overlap = chunk_overlap
+        self.is_causal = is_causal
+        self.relative_bias_kind = relative_bias
+        self.attn_drop = attn_drop
+        self.num_prefix_tokens = num_prefix_tokens
+        self.exclude_window_landmarks = exclude_window_landmarks
+        self.log_count_bias = log_count_bias
+        self.landmark_projection = LandmarkProjection(head_dim, projection, device=device, dtype=dtype)
+
+        self._bias_is_2d = grid_size is not None or not isinstance(window_size, int)
+        if relative_bias == "t5" and self._bias_is_2d:
+            raise ValueError(
+                "relative_bias: 't5' is supported on sequences, 'table' on grids as well, "
+                f"got 't5' with grid_size = {grid_size}, window_size = {window_size}"
+            )
+        if relative_bias is None:
+            self.register_parameter("relative_bias", None)
+        else:
+            layout = (1, 1) if self._bias_is_2d else None
+            window, beyond = (
+                geometry.pair("window_size", window_size, layout, 1),
+                geometry.pair("overlap", overlap, layout, 0),
+            )
+            self._reach = (window[0] + beyond[0], window[1] + beyond[1])
+            offsets = [2 * reach - 1 for reach in self._reach[0 if self._bias_is_2d else 1 :]]
+            if relative_bias == "t5":
+                # Follows from the arguments, so it is in no checkpoint.
+                buckets = torch.empty(offsets, dtype=torch.int64, device=device)
+                self.register_buffer("t5_buckets", buckets, persistent=False)
+                shape = [geometry.t5_num_buckets(self._reach[1]), 1 if is_causal else num_heads]
+            else:
+                shape = [num_heads, *offsets]
+            self.relative_bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises what is not in a submodule: the relative bias."""
+        if self.relative_bias is not None:
+            nn.init.trunc_normal_(self.relative_bias, std=0.02)
+        if self.relative_bias_kind == "t5":
+            reach = self._reach[1]
+            offsets = torch.arange(1 - reach, reach, device=self.t5_buckets.device)
+            self.t5_buckets.copy_(
+                geometry.t5_buckets(offsets, geometry.t5_num_buckets(reach), reach, self.is_causal)
+            )
+
+    def _options(
+        self,
+        batch: int,
+        num_tokens: int,
+        device: torch.device,
+        grid_size: Pair | None,
+        key_padding_mask: Tensor | None,
+        noise: Tensor | None,
+    ) -> dict[str, Any]:
+        """The arguments of `eva_attention` beside queries, keys and values; draws noise in training."""
+        grid = geometry.grid(grid_size, num_tokens, self.num_prefix_tokens)
+        chunk_size = self.chunk_size
+        if chunk_size is None:
+            chunk_size = geometry.default_chunk_size(grid, self.num_landmarks, grid_size is not None)
+        if noise is None and self.training:
+            rows, columns = geometry.chunk_grid(grid, geometry.pair("chunk_size", chunk_size, grid_size, 1))
+            noise = torch.randn(
+                batch, self.num_heads, rows * columns, self.head_dim, device=device, dtype=torch.float32
+            )
+        return {
+            "window_size": self.window_size,
+            "chunk_size": chunk_size,
+            "grid_size": grid_size,
+            "num_prefix_tokens": self.num_prefix_tokens,
+            "overlap": self.overlap,
+            "chunk_overlap": self.chunk_overlap,
+            "is_causal": self.is_causal,
+            "projection": self.landmark_projection,
+            "noise": noise,
+            "relative_bias": self._offset_bias(),
+            "key_padding_mask": key_padding_mask,
+            "exclude_window_landmarks": self.exclude_window_landmarks,
+            "log_count_bias": self.log_count_bias,
+            "dropout_p": self.attn_drop if self.training else 0.0,
+        }
+
+    def _offset_bias(self) -> Tensor | None:
+        """The relative bias by offset, as `eva_attention` takes it."""
+        if self.relative_bias_kind != "t5":
+            return self.relative_bias
+        return self.relative_bias[self.t5_buckets].t() * self.head_dim**-0.5
+
+    def _check_bias_fits(self, grid_size: Pair | None) -> None:
+        if self.relative_bias is not None and self._bias_is_2d != (grid_size is not None):
+            expected = "(height, width)" if self._bias_is_2d else "None"
+            raise ValueError(
+                f"grid_size: expected {expected}, as relative_bias = {self.relative_bias_kind!r} was made, "
+                f"got {grid_size}"
+            )
+
+    def extra_repr(self) -> str:
+        options = {
+            "num_heads": self.num_heads,
+            "window_size": self.window_size,
+            "chunk_size": self.chunk_size,
+            "grid_size": self.grid_size,
+            "overlap": self.overlap,
+            "chunk_overlap": self.chunk_overlap,
+            "relative_bias": self.relative_bias_kind,
+            "num_prefix_tokens": self.num_prefix_tokens,
+            "exclude_window_landmarks": self.exclude_window_landmarks,
+            "log_count_bias": self.log_count_bias,
+            "attn_drop": self.attn_drop,
+        }
+        if self.chunk_size is None:
+            options["num_landmarks"] = self.num_landmarks
+        return ", ".join(f"{name}={value!r}" for name, value in options.items() if value)
+
+
+class _ProjectedEVA(_EVA):
+    """A packed projection to queries, keys and values before EVA, and one of its output after it."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool,
+        qk_norm: Callable[[int], nn.Module] | None,
+        proj_bias: bool,
+        proj_drop: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        _at_least("num_heads", num_heads, 1)
+        if dim < 1 or dim % num_heads:
+            raise ValueError(f"dim: expected a positive multiple of num_heads = {num_heads}, got {dim}")
+        head_dim = dim // num_heads
+        self.dim = dim
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.q_norm = qk_norm(head_dim).to(device=device, dtype=dtype) if qk_norm else None
+        self.k_norm = qk_norm(head_dim).to(device=device, dtype=dtype) if qk_norm else None
+        self._init_eva(num_heads, head_dim, device=device, dtype=dtype, **options)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def _attend(
+        self, x: Tensor, grid_size: Pair | None, key_padding_mask: Tensor | None, noise: Tensor | None
+    ) -> Tensor:
+        """[B, N, dim] -> [B, H, N, D]."""
+        options = self._options(x.shape[0], x.shape[1], x.device, grid_size, key_padding_mask, noise)
+        if self.q_norm is None:
+            return eva_attention_qkvpacked(self._packed(x), **options)
+        return eva_attention(*self._unpacked(x), **options)
+
+    def _packed(self, x: Tensor) -> Tensor:
+        """[B, N, dim] -> [B, N, 3, H, D]."""
+        return self.qkv(x).reshape(x.shape[0], x.shape[1], 3, self.num_heads, self.head_dim)
+
+    def _unpacked(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, N, dim] -> query, key and value [B, H, N, D]."""
+        query, key, value = self._packed(x).unbind(2)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def _output(self, out: Tensor, shape: torch.Size) -> Tensor:
+        """[B, H, N, D] -> `shape`."""
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(shape)))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, {super().extra_repr()}"
+
+
+class EVAttention(_ProjectedEVA):
     """Multi-head self-attention with EVA, in place of softmax attention.
 
     Args:
@@ -90,8 +316,6 @@ class EVAttention(nn.Module):
     start as torch's do, relative biases as a truncated normal of deviation 0.02, `landmark_projection` as
     written there. ValueError for arguments that are not supported, by name.
     """
-
-    t5_buckets: Tensor
 
     def __init__(
         self,
@@ -117,86 +341,28 @@ class EVAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        _at_least("num_heads", num_heads, 1)
-        if dim < 1 or dim % num_heads:
-            raise ValueError(f"dim: expected a positive multiple of num_heads = {num_heads}, got {dim}")
-        _at_least("num_landmarks", num_landmarks, 1)
-        _at_least("num_prefix_tokens", num_prefix_tokens, 0)
-        sizes = {
-            "window_size": (window_size, 1),
-            "overlap": (overlap, 0),
-            "chunk_overlap": (chunk_overlap, 0),
-        }
-        if chunk_size is not None:
-            sizes["chunk_size"] = (chunk_size, 1)
-        for name, (size, minimum) in sizes.items():
-            for length in geometry.pair(name, size, (1, 1), 1):
-                _at_least(name, length, minimum)
-        if grid_size is not None:
-            for length in geometry.grid(grid_size, 0, 0):
-                _at_least("grid_size", length, 1)
-        if not 0 <= attn_drop < 1:
-            raise ValueError(f"attn_drop: expected a probability in [0, 1), got {attn_drop}")
-        if relative_bias not in (None, "table", "t5"):
-            raise ValueError(f"relative_bias: expected None, 'table' or 't5', got {relative_bias!r}")
-
-        self.dim = dim
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.window_size = window_size
-        self.num_landmarks = num_landmarks
-        self.chunk_size = chunk_size
-        self.grid_size = grid_size
-        self.overlap = overlap
-        self.chunk_overlap = chunk_overlap
-        self.relative_bias_kind = relative_bias
-        self.attn_drop = attn_drop
-        self.num_prefix_tokens = num_prefix_tokens
-        self.exclude_window_landmarks = exclude_window_landmarks
-        self.log_count_bias = log_count_bias
-
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
-        self.q_norm = qk_norm(self.head_dim).to(device=device, dtype=dtype) if qk_norm else None
-        self.k_norm = qk_norm(self.head_dim).to(device=device, dtype=dtype) if qk_norm else None
-        self.landmark_projection = LandmarkProjection(self.head_dim, projection, device=device, dtype=dtype)
-        self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-        self._bias_is_2d = grid_size is not None or not isinstance(window_size, int)
-        if relative_bias == "t5" and self._bias_is_2d:
-            raise ValueError(
-                "relative_bias: 't5' is supported on sequences, 'table' on grids as well, "
-                f"got 't5' with grid_size = {grid_size}, window_size = {window_size}"
-            )
-        if relative_bias is None:
-            self.register_parameter("relative_bias", None)
-        else:
-            layout = (1, 1) if self._bias_is_2d else None
-            window, beyond = (
-                geometry.pair("window_size", window_size, layout, 1),
-                geometry.pair("overlap", overlap, layout, 0),
-            )
-            self._reach = (window[0] + beyond[0], window[1] + beyond[1])
-            offsets = [2 * reach - 1 for reach in self._reach[0 if self._bias_is_2d else 1 :]]
-            if relative_bias == "t5":
-                # Follows from the arguments, so it is in no checkpoint.
-                buckets = torch.empty(offsets, dtype=torch.int64, device=device)
-                self.register_buffer("t5_buckets", buckets, persistent=False)
-                shape = [geometry.t5_num_buckets(self._reach[1]), num_heads]
-            else:
-                shape = [num_heads, *offsets]
-            self.relative_bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialises what is not in a submodule: the relative bias."""
-        if self.relative_bias is not None:
-            nn.init.trunc_normal_(self.relative_bias, std=0.02)
-        if self.relative_bias_kind == "t5":
-            reach = self._reach[1]
-            offsets = torch.arange(1 - reach, reach, device=self.t5_buckets.device)
-            self.t5_buckets.copy_(geometry.t5_buckets(offsets, geometry.t5_num_buckets(reach), reach))
+        super().__init__(
+            dim,
+            num_heads,
+            window_size=window_size,
+            num_landmarks=num_landmarks,
+            chunk_size=chunk_size,
+            grid_size=grid_size,
+            overlap=overlap,
+            chunk_overlap=chunk_overlap,
+            projection=projection,
+            relative_bias=relative_bias,
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            proj_bias=proj_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            num_prefix_tokens=num_prefix_tokens,
+            exclude_window_landmarks=exclude_window_landmarks,
+            log_count_bias=log_count_bias,
+            device=device,
+            dtype=dtype,
+        )
 
     def forward(
         self,
@@ -214,42 +380,8 @@ class EVAttention(nn.Module):
             key_padding_mask: bool [B, N], on a grid [B, height width]; True = padding.
             noise: [B, H, C, D]; None draws it from N(0, 1) in training, in float32, and is 0 otherwise.
         """
-        shape = x.shape
-        grid_size = self._grid_size(shape, grid_size)
-        x = x.flatten(1, -2)
-        batch, num_tokens = x.shape[0], x.shape[1]
-        grid = geometry.grid(grid_size, num_tokens, self.num_prefix_tokens)
-        chunk_size = self.chunk_size
-        if chunk_size is None:
-            chunk_size = geometry.default_chunk_size(grid, self.num_landmarks, grid_size is not None)
-        if noise is None and self.training:
-            rows, columns = geometry.chunk_grid(grid, geometry.pair("chunk_size", chunk_size, grid_size, 1))
-            noise = torch.randn(
-                batch, self.num_heads, rows * columns, self.head_dim, device=x.device, dtype=torch.float32
-            )
-        options: dict[str, Any] = {
-            "window_size": self.window_size,
-            "chunk_size": chunk_size,
-            "grid_size": grid_size,
-            "num_prefix_tokens": self.num_prefix_tokens,
-            "overlap": self.overlap,
-            "chunk_overlap": self.chunk_overlap,
-            "projection": self.landmark_projection,
-            "noise": noise,
-            "relative_bias": self._offset_bias(),
-            "key_padding_mask": key_padding_mask,
-            "exclude_window_landmarks": self.exclude_window_landmarks,
-            "log_count_bias": self.log_count_bias,
-            "dropout_p": self.attn_drop if self.training else 0.0,
-        }
-        qkv = self.qkv(x).reshape(batch, num_tokens, 3, self.num_heads, self.head_dim)
-        if self.q_norm is None or self.k_norm is None:
-            out = eva_attention_qkvpacked(qkv, **options)
-        else:
-            query, key, value = qkv.unbind(2)
-            query, key = self.q_norm(query), self.k_norm(key)
-            out = eva_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), **options)
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(shape)))
+        grid_size = self._grid_size(x.shape, grid_size)
+        return self._output(self._attend(x.flatten(1, -2), grid_size, key_padding_mask, noise), x.shape)
 
     def _grid_size(self, shape: torch.Size, grid_size: Pair | None) -> Pair | None:
         """The grid that an `x` of `shape` lies on, None for a sequence; refuses what does not fit."""
@@ -273,38 +405,166 @@ class EVAttention(nn.Module):
                     f"x: expected at least num_prefix_tokens = {prefix} tokens, got {tuple(shape)}"
                 )
             grid_size = self.grid_size if grid_size is None else grid_size
-        if self.relative_bias is not None and self._bias_is_2d != (grid_size is not None):
-            expected = "(height, width)" if self._bias_is_2d else "None"
-            raise ValueError(
-                f"grid_size: expected {expected}, as relative_bias = {self.relative_bias_kind!r} was made, "
-                f"got {grid_size}"
-            )
+        self._check_bias_fits(grid_size)
         return grid_size
 
-    def _offset_bias(self) -> Tensor | None:
-        """The relative bias by offset, as `eva_attention` takes it."""
-        if self.relative_bias_kind != "t5":
-            return self.relative_bias
-        return self.relative_bias[self.t5_buckets].t() * self.head_dim**-0.5
 
-    def extra_repr(self) -> str:
-        options = {
-            "dim": self.dim,
-            "num_heads": self.num_heads,
-            "window_size": self.window_size,
-            "chunk_size": self.chunk_size,
-            "grid_size": self.grid_size,
-            "overlap": self.overlap,
-            "chunk_overlap": self.chunk_overlap,
-            "relative_bias": self.relative_bias_kind,
-            "num_prefix_tokens": self.num_prefix_tokens,
+class CausalEVAttention(_ProjectedEVA):
+    """Causal multi-head self-attention with EVA, for whole sequences and token by token.
+
+    A token attends to the tokens of its window up to itself, those of `overlap` before it, and the landmarks
+    of all chunks that ended before its own.
+
+    Args:
+        chunk_size: divides `window_size`.
+        relative_bias: None; "table": one trained value per head and offset; "t5": one per T5 bucket of the
+            offset, shared by all heads.
+
+    Other arguments, parameters and errors are those of `EVAttention`.
+
+    Generation: `state = module.init_state(batch_size, max_length)`, then `module(x, state=state)` for a
+    prompt, or for any further tokens, and `module.step(x, state)` for one token of each sequence. However a
+    sequence is split, it gives what it gives as a whole in evaluation.
+    """
+
+    window_size: int
+    chunk_size: int
+    overlap: int
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        window_size: int = 256,
+        chunk_size: int = 128,
+        overlap: int = 0,
+        projection: str = "linear-layernorm",
+        relative_bias: str | None = None,
+        qkv_bias: bool = True,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        exclude_window_landmarks: bool = False,
+        log_count_bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, size in (("window_size", window_size), ("chunk_size", chunk_size), ("overlap", overlap)):
+            if not isinstance(size, int):
+                raise TypeError(f"{name}: expected an int, got {size!r}")
+        super().__init__(
+            dim,
+            num_heads,
+            window_size=window_size,
+            chunk_size=chunk_size,
+            overlap=overlap,
+            is_causal=True,
+            projection=projection,
+            relative_bias=relative_bias,
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            proj_bias=proj_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            exclude_window_landmarks=exclude_window_landmarks,
+            log_count_bias=log_count_bias,
+            device=device,
+            dtype=dtype,
+        )
+        if window_size % chunk_size:
+            raise ValueError(
+                f"chunk_size: expected a divisor of window_size = {window_size}, got {chunk_size}"
+            )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: DecodingState | None = None,
+        key_padding_mask: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of each token of `x` to itself and those before it, in its shape.
+
+        Args:
+            x: [B, N, dim].
+            state: holds what came before `x`, and takes `x` in; then there are no gradients, and neither
+                noise nor dropout of attention weights.
+            key_padding_mask: bool [B, N]; True = padding, with a state at the end of each sequence only,
+                which then moves on by its own length.
+            noise: [B, H, C, D]; None draws it from N(0, 1) in training, in float32, and is 0 otherwise.
+
+        ValueError, before anything is written, where a sequence would outgrow the state's `max_length`.
+        """
+        self._check_x(x)
+        if state is None:
+            return self._output(self._attend(x, None, key_padding_mask, noise), x.shape)
+        if noise is not None:
+            raise ValueError("noise: expected None with a state, where there is none")
+        self._check_state(state, x)
+        with torch.no_grad():
+            num_tokens = decoding.num_valid_tokens(x, key_padding_mask)
+            out = decoding.prefill(state, *self._unpacked(x), num_tokens, **self._decoding_options())
+            return self._output(out, x.shape)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: DecodingState) -> Tensor:
+        """Attention of the next token of each sequence, `x` [B, 1, dim], in its shape; `state` takes it in.
+
+        ValueError as of `forward`, but not in compiled code, where a token too many spoils the state.
+        """
+        self._check_x(x)
+        if x.shape[1] != 1:
+            raise ValueError(f"x: expected [B, 1, {self.dim}], got {tuple(x.shape)}")
+        self._check_state(state, x)
+        if not torch.compiler.is_compiling():
+            state.reserve(1)
+        one = torch.ones_like(state.position)
+        out = decoding.advance(state, *self._unpacked(x), one, **self._decoding_options())
+        return self._output(out, x.shape)
+
+    def init_state(self, batch_size: int, max_length: int) -> DecodingState:
+        """The state of `batch_size` empty sequences of at most `max_length` tokens each.
+
+        Its memory, on the device and in the dtype of the weights, grows with `max_length` by a landmark for
+        every chunk alone, and is all allocated here.
+        """
+        _at_least("batch_size", batch_size, 1)
+        _at_least("max_length", max_length, 1)
+        weight = self.qkv.weight
+        return DecodingState.zeros(
+            batch_size,
+            self.num_heads,
+            self.head_dim,
+            max_length=max_length,
+            window_size=self.window_size,
+            chunk_size=self.chunk_size,
+            overlap=self.overlap,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+
+    def _check_x(self, x: Tensor) -> None:
+        if x.dim() != 3 or x.shape[2] != self.dim:
+            raise ValueError(f"x: expected [B, N, {self.dim}], got {tuple(x.shape)}")
+
+    def _check_state(self, state: DecodingState, x: Tensor) -> None:
+        expected = (x.shape[0], self.num_heads, self.window_size + self.overlap, self.head_dim)
+        if state.window_key.shape != expected or state.chunk_size != self.chunk_size:
+            raise ValueError(
+                f"state: expected windows {expected} and chunks of {self.chunk_size} tokens, "
+                f"got {tuple(state.window_key.shape)} and {state.chunk_size}"
+            )
+
+    def _decoding_options(self) -> dict[str, Any]:
+        return {
+            "projection": self.landmark_projection,
+            "relative_bias": self._offset_bias(),
             "exclude_window_landmarks": self.exclude_window_landmarks,
             "log_count_bias": self.log_count_bias,
-            "attn_drop": self.attn_drop,
         }
-        if self.chunk_size is None:
-            options["num_landmarks"] = self.num_landmarks
-        return ", ".join(f"{name}={value!r}" for name, value in options.items() if value)
 
 
 def _at_least(name: str, value: int, minimum: int) -> None:

@@ -1,26 +1,55 @@
 """EVA in plain PyTorch: the oracle that the compiled operators are tested against.
 
-The same functions as `eva_attn.functional`, on any device and for every floating dtype, differentiable twice.
-They build the dense [N, N + C] logits of the joint softmax and so read like the formulas of Zheng et al.,
-"Efficient Attention via Control Variates" (ICLR 2023). Half precision is computed in float32; landmarks are
-rounded to the input's dtype once, outputs once.
+The same functions as `eva_attn.functional`, on any device and for every floating dtype, differentiable twice;
+they refuse what those refuse, in the same words. They build the dense [N, N + C] logits of the joint softmax
+and so read like the formulas of Zheng et al., "Efficient Attention via Control Variates" (ICLR 2023). Half
+precision is computed in float32; landmarks are rounded to the input's dtype once, outputs once.
 """
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import geometry
+from . import functional, geometry
 from .functional import draw_dropout_seed
 from .geometry import Pair, Size
 
 if TYPE_CHECKING:
     from .modules import LandmarkProjection
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
+
+def _checked(function: _Function) -> _Function:
+    """`function`, refusing what its namesake in `functional` refuses: that one runs first, on the meta
+    device."""
+    operator, signature = getattr(functional, function.__name__), inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        device = next(iter(given.values())).device
+        on_meta: dict[int, Any] = {}
+        with torch.inference_mode():  # below autograd, which torch.func does not let an operator's pass
+            for name, value in given.items():
+                for x in value.parameters() if isinstance(value, nn.Module) else (value,):
+                    if isinstance(x, Tensor):
+                        if x.device != device:
+                            raise ValueError(f"{name} must be on the query's device {device}, got {x.device}")
+                        on_meta[id(x)] = torch.empty(x.shape, dtype=x.dtype, device="meta")
+            operator(**copy.deepcopy(given, on_meta))
+        return function(*args, **kwargs)
+
+    return checked  # type: ignore[return-value]
+
+
+@_checked
 def eva_attention(
     query: Tensor,
     key: Tensor,
@@ -81,6 +110,7 @@ def eva_attention(
     )
 
 
+@_checked
 def eva_attention_qkvpacked(
     qkv: Tensor,
     *,
@@ -126,6 +156,7 @@ def eva_attention_qkvpacked(
     )
 
 
+@_checked
 def chunk_summary(
     query: Tensor,
     key: Tensor,
@@ -176,6 +207,7 @@ def chunk_summary(
     return landmark_key.to(query.dtype), landmark_value.to(query.dtype)
 
 
+@_checked
 def window_attention(
     query: Tensor,
     key: Tensor,

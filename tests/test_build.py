@@ -40,6 +40,7 @@ def test_build_info() -> None:
     assert info["compiler"]
     assert info["cuda"] is (info["cuda_version"] is not None) is (info["cpu_only_reason"] is None)
     assert bool(info["cuda_arches"]) is info["cuda"]
+    assert info["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
 
 
 @pytest.mark.parametrize(

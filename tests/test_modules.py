@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
-from eva_attn import EVAttention, LandmarkProjection, geometry, reference
+from eva_attn import CausalEVAttention, EVAttention, LandmarkProjection, geometry, reference
 
 # Orders of summation differ between operator and oracle; outputs are of order 1, gradients of order 10.
 TOLERANCE = 1e-11
@@ -29,30 +29,46 @@ CONFIGURATIONS = {
     "grid-prefix": {**GRID, "num_prefix_tokens": 2, "relative_bias": "table", "projection": "key-only"},
     "grid-qk-norm": {**GRID, "qk_norm": nn.LayerNorm, "relative_bias": "table", "log_count_bias": True},
 }
+CAUSAL = {"window_size": 6, "chunk_size": 3}
+CAUSAL_CONFIGURATIONS = {
+    "causal": CAUSAL,
+    "causal-table": {**CAUSAL, "relative_bias": "table", "overlap": 2, "projection": "key-only"},
+    "causal-t5": {**CAUSAL, "relative_bias": "t5", "overlap": 1, "qkv_bias": False, "proj_bias": False},
+    "causal-options": {**CAUSAL, "exclude_window_landmarks": True, "log_count_bias": True, "overlap": 6},
+    "causal-qk-norm": {**CAUSAL, "qk_norm": nn.LayerNorm, "relative_bias": "table"},
+    "causal-default": {},
+}
+Module = EVAttention | CausalEVAttention
 
 
-def module_of(options: dict[str, Any]) -> EVAttention:
+def named_module(name: str) -> Module:
+    if name in CAUSAL_CONFIGURATIONS:
+        return module_of(CAUSAL_CONFIGURATIONS[name], CausalEVAttention)
+    return module_of(CONFIGURATIONS[name])
+
+
+def module_of(options: dict[str, Any], kind: type[Module] = EVAttention) -> Module:
     """A float64 module with 2 heads of dimension 6 whose parameters all matter."""
-    module = EVAttention(12, 2, **options, dtype=torch.float64)
+    module = kind(12, 2, **options, dtype=torch.float64)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.4)
     return module
 
 
-def tokens_of(module: EVAttention, batch: int = 2) -> Tensor:
+def tokens_of(module: Module, batch: int = 2) -> Tensor:
     height, width = module.grid_size or (1, 17)
     num_tokens = module.num_prefix_tokens + height * width
     return torch.randn(batch, num_tokens, module.dim, dtype=torch.float64)
 
 
-def chunk_of(module: EVAttention) -> int:
+def chunk_of(module: Module) -> int:
     """The chunk size that the documentation promises for `tokens_of`, by table."""
     if module.chunk_size is not None:
         return module.chunk_size
     return {None: 17 // 4, (5, 6): 2}[module.grid_size]
 
 
-def oracle(module: EVAttention, x: Tensor, **options: Any) -> Tensor:
+def oracle(module: Module, x: Tensor, **options: Any) -> Tensor:
     """What the module is to compute for tokens [B, N, dim] in evaluation, of its parameters."""
     batch, num_tokens, dim = x.shape
     qkv = F.linear(x, module.qkv.weight, module.qkv.bias).view(batch, num_tokens, 3, module.num_heads, -1)
@@ -63,7 +79,10 @@ def oracle(module: EVAttention, x: Tensor, **options: Any) -> Tensor:
     if module.relative_bias_kind == "t5":
         reach = module.window_size + module.overlap
         buckets = geometry.t5_buckets(
-            torch.arange(1 - reach, reach), geometry.t5_num_buckets(reach), max_distance=reach
+            torch.arange(1 - reach, reach),
+            geometry.t5_num_buckets(reach),
+            max_distance=reach,
+            is_causal=module.is_causal,
         )
         bias = bias[buckets].mT * module.head_dim**-0.5
     arguments = {
@@ -73,6 +92,7 @@ def oracle(module: EVAttention, x: Tensor, **options: Any) -> Tensor:
         "num_prefix_tokens": module.num_prefix_tokens,
         "overlap": module.overlap,
         "chunk_overlap": module.chunk_overlap,
+        "is_causal": module.is_causal,
         "projection": module.landmark_projection,
         "relative_bias": bias,
         "exclude_window_landmarks": module.exclude_window_landmarks,
@@ -82,7 +102,7 @@ def oracle(module: EVAttention, x: Tensor, **options: Any) -> Tensor:
     return F.linear(out.transpose(1, 2).reshape(batch, num_tokens, dim), module.proj.weight, module.proj.bias)
 
 
-def num_chunks(module: EVAttention) -> int:
+def num_chunks(module: Module) -> int:
     grid = module.grid_size or (1, 17)
     chunk = geometry.pair("chunk_size", chunk_of(module), module.grid_size, 1)
     rows, columns = geometry.chunk_grid(grid, chunk)
@@ -94,10 +114,10 @@ def assert_equal(actual: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", [*CONFIGURATIONS, *CAUSAL_CONFIGURATIONS])
 def test_equals_the_oracle(name: str, masked: bool) -> None:
     torch.manual_seed(0)
-    module = module_of(CONFIGURATIONS[name]).eval()
+    module = named_module(name).eval()
     x = tokens_of(module).requires_grad_()
     mask = torch.rand(x.shape[:2]) < 0.3 if masked else None
     inputs = [x, *module.parameters()]
@@ -111,11 +131,11 @@ def test_equals_the_oracle(name: str, masked: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", [*CONFIGURATIONS, *CAUSAL_CONFIGURATIONS])
 def test_noise(name: str) -> None:
     """Drawn in training and 0 in evaluation, unless given."""
     torch.manual_seed(0)
-    module = module_of(CONFIGURATIONS[name])
+    module = named_module(name)
     x = tokens_of(module)
     shape = (2, 2, num_chunks(module), 6)
     torch.manual_seed(1)
@@ -129,11 +149,12 @@ def test_noise(name: str) -> None:
     assert_equal(module(x, noise=noise), oracle(module, x, noise=noise))
 
 
+@pytest.mark.parametrize("kind", [EVAttention, CausalEVAttention])
 @pytest.mark.parametrize("qk_norm", [None, nn.LayerNorm])
-def test_attention_dropout(qk_norm: type[nn.Module] | None) -> None:
+def test_attention_dropout(qk_norm: type[nn.Module] | None, kind: type[Module]) -> None:
     """In training only, by the seed drawn after the noise."""
     torch.manual_seed(0)
-    module = module_of({**SEQUENCE, "attn_drop": 0.3, "qk_norm": qk_norm})
+    module = module_of({**CAUSAL, "attn_drop": 0.3, "qk_norm": qk_norm}, kind)
     x = tokens_of(module)
     torch.manual_seed(1)
     actual = module(x)
@@ -182,6 +203,25 @@ def test_relative_bias_shapes(options: dict[str, Any], shape: tuple[int, ...]) -
     module = EVAttention(12, 2, **options)
     assert module.relative_bias.shape == shape
     assert 0 < module.relative_bias.std() < 0.04
+
+
+def test_shapes_of_causal_relative_bias() -> None:
+    options = {"window_size": 6, "chunk_size": 3, "overlap": 2}
+    assert CausalEVAttention(12, 2, **options, relative_bias="table").relative_bias.shape == (2, 15)
+    assert CausalEVAttention(12, 2, **options, relative_bias="t5").relative_bias.shape == (16, 1)
+
+
+@pytest.mark.parametrize("name", CAUSAL_CONFIGURATIONS)
+def test_no_token_sees_its_future(name: str) -> None:
+    torch.manual_seed(0)
+    module = named_module(name).eval()
+    x = tokens_of(module).requires_grad_()
+    for position in (0, 5, 6, 11):
+        changed = torch.cat([x[:, : position + 1], torch.randn_like(x[:, position + 1 :])], 1)
+        assert torch.equal(module(changed)[:, : position + 1], module(x)[:, : position + 1])
+        (gradient,) = torch.autograd.grad(module(x)[:, : position + 1].sum(), x)
+        assert not gradient[:, position + 1 :].any()
+        assert gradient[:, position].any()
 
 
 def test_parameter_names() -> None:
@@ -294,6 +334,30 @@ def test_bad_arguments(options: dict[str, Any], words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"chunk_size": 4}, ValueError, ["chunk_size", "4", "divisor of window_size = 6"]),
+        ({"chunk_size": 0}, ValueError, ["chunk_size", "0", "at least 1"]),
+        ({"window_size": (6, 6)}, TypeError, ["window_size", "(6, 6)", "int"]),
+        ({"chunk_size": None}, TypeError, ["chunk_size", "None", "int"]),
+        ({"overlap": -1}, ValueError, ["overlap", "-1", "at least 0"]),
+        ({"dim": 13}, ValueError, ["dim", "13", "multiple of num_heads = 2"]),
+        ({"relative_bias": "rotary"}, ValueError, ["relative_bias", "'rotary'", "'table'"]),
+    ],
+)
+def test_bad_causal_arguments(options: dict[str, Any], error: type[Exception], words: list[str]) -> None:
+    with pytest.raises(error) as raised:
+        CausalEVAttention(**{"dim": 12, "num_heads": 2, **CAUSAL, **options})
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+@pytest.mark.parametrize("shape", [(2, 12), (2, 9, 13), (2, 3, 3, 12)])
+def test_bad_causal_input(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"x: expected \[B, N, 12\], got"):
+        CausalEVAttention(12, 2)(torch.randn(shape))
+
+
+@pytest.mark.parametrize(
     ("options", "shape", "arguments", "words"),
     [
         ({}, (2, 12), {}, ["x", "(2, 12)", "[B, N, 12]"]),
@@ -322,6 +386,10 @@ def test_bad_input(
 
 
 DYNAMIC = {
+    "causal": (
+        {**CAUSAL, "relative_bias": "t5", "overlap": 2, "log_count_bias": True},
+        [(53,), (100,)],
+    ),
     "sequence": (
         {"window_size": 4, "num_landmarks": 5, "relative_bias": "t5", "log_count_bias": True},
         [(53,), (100,)],
@@ -345,7 +413,9 @@ DYNAMIC = {
 def test_compiles_to_one_graph(name: str, train: bool) -> None:
     torch.manual_seed(0)
     options, sizes = DYNAMIC[name]
-    module = EVAttention(12, 2, **options, attn_drop=0.1).train(train)
+    module = (CausalEVAttention if name == "causal" else EVAttention)(12, 2, **options, attn_drop=0.1).train(
+        train
+    )
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
@@ -368,7 +438,7 @@ def test_compiles_to_one_graph(name: str, train: bool) -> None:
 def test_exports_with_dynamic_sizes(name: str, strict: bool) -> None:
     torch.manual_seed(0)
     options, sizes = DYNAMIC[name]
-    module = EVAttention(12, 2, **options).eval()
+    module = (CausalEVAttention if name == "causal" else EVAttention)(12, 2, **options).eval()
     example = torch.randn(2, *sizes[0], 12)
     dynamic = {"x": dict.fromkeys(range(example.dim() - 1), Dim.AUTO)}
     exported = torch.export.export(module, (example,), dynamic_shapes=dynamic, strict=strict).module()

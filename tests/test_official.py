@@ -1,7 +1,6 @@
 """`eva_attn.official` against what the authors' code computed (data/README.md), and its own limits."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eva_attn import official
 
 _GOLDEN = Path(__file__).parent / "data" / "official.safetensors"
-_DOCS = Path(__file__).parents[1] / "docs" / "checkpoints.md"
 
 # Largest difference by largest entry: rounding in float64 comes to 2e-15 here, a formula that is off to 1e-3.
 _TOLERANCE = 1e-9
@@ -539,11 +537,3 @@ def test_offset_bias_is_refused_where_offsets_do_not_determine_it() -> None:
         module = official.build("EVA", {"dim": 8, "num_heads": 2, **kwargs})
         with pytest.raises(ValueError, match="offset_bias"):
             module.offset_bias()
-
-
-def test_documented_examples_run() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", _DOCS.read_text(), re.DOTALL | re.MULTILINE)
-    assert blocks
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(compile(block, str(_DOCS), "exec"), names)

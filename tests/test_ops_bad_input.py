@@ -1,7 +1,8 @@
-"""Every mistake is one error that names the argument and what was given, through the functions and by the
-operators themselves."""
+"""Every mistake is one error that names the argument and what was given, through the functions, by the
+operators themselves, and by the oracle."""
 
 import math
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from op_cases import DEVICES
 from torch import Tensor
 
-from eva_attn import functional
+from eva_attn import functional, reference
 
 BATCH, HEADS, GRID, PREFIX, DIM = 2, 2, (3, 4), 1, 4
 TOKENS, CHUNKS = 13, 4
@@ -206,16 +207,18 @@ def placed(value: Any, device: str) -> Any:
 
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
+by_both = pytest.mark.parametrize("functions", [functional, reference], ids=["functional", "reference"])
 
 
 @on_devices
+@by_both
 @pytest.mark.parametrize("log_count_bias", [False, True])
 @pytest.mark.parametrize("entry", SHARED, ids=label)
-def test_functions(entry: Any, log_count_bias: bool, device: str) -> None:
+def test_functions(entry: Any, log_count_bias: bool, functions: ModuleType, device: str) -> None:
     name, value, error, words = entry
     arguments = {**qkv_of(device), **options_of(device), name: placed(value, device)}
     assert_refused(
-        lambda: functional.eva_attention(**arguments, log_count_bias=log_count_bias), name, error, words
+        lambda: functions.eva_attention(**arguments, log_count_bias=log_count_bias), name, error, words
     )
 
 
@@ -238,12 +241,13 @@ def test_operators(entry: Any, op: str, device: str) -> None:
 
 
 @on_devices
+@by_both
 @pytest.mark.parametrize("entry", [x for x in SHARED if x[0] not in ("query", "key", "value")], ids=label)
-def test_packed(entry: Any, device: str) -> None:
+def test_packed(entry: Any, functions: ModuleType, device: str) -> None:
     name, value, error, words = entry
     qkv = torch.randn(BATCH, TOKENS, 3, HEADS, DIM, device=device)
     arguments = {**options_of(device), name: placed(value, device)}
-    assert_refused(lambda: functional.eva_attention_qkvpacked(qkv, **arguments), name, error, words)
+    assert_refused(lambda: functions.eva_attention_qkvpacked(qkv, **arguments), name, error, words)
 
 
 @on_devices
@@ -259,9 +263,12 @@ def test_packed(entry: Any, device: str) -> None:
 def test_packed_tensor(qkv: Tensor, error: type[Exception], words: list[Any], device: str) -> None:
     qkv = qkv.to(device)
     options = options_of(device)
-    assert_refused(lambda: functional.eva_attention_qkvpacked(qkv, **options), "qkv", error, words)
-    op = torch.ops.eva_attn.eva_attention_qkvpacked
-    assert_refused(lambda: op(qkv, **options), "qkv", error, words)
+    for attention in (
+        functional.eva_attention_qkvpacked,
+        reference.eva_attention_qkvpacked,
+        torch.ops.eva_attn.eva_attention_qkvpacked,
+    ):
+        assert_refused(lambda attention=attention: attention(qkv, **options), "qkv", error, words)
 
 
 @on_devices
@@ -283,8 +290,12 @@ def test_landmarks(name: str, value: Any, error: type[Exception], words: list[An
     arguments = {k: x for k, x in options_of(device).items() if k != "noise"}
     arguments |= {**qkv_of(device), "landmark_key": landmarks, "landmark_value": landmarks}
     arguments[name] = placed(value, device)
-    assert_refused(lambda: functional.window_attention(**arguments), name, error, words)
-    assert_refused(lambda: torch.ops.eva_attn.window_attention(**arguments), name, error, words)
+    for attention in (
+        functional.window_attention,
+        reference.window_attention,
+        torch.ops.eva_attn.window_attention,
+    ):
+        assert_refused(lambda attention=attention: attention(**arguments), name, error, words)
 
 
 @on_devices
@@ -305,6 +316,7 @@ def test_dropout_seed(seed: Any, error: type[Exception], words: list[Any], devic
 
 
 @on_devices
+@by_both
 @pytest.mark.parametrize(
     ("options", "name", "words"),
     [
@@ -321,11 +333,24 @@ def test_dropout_seed(seed: Any, error: type[Exception], words: list[Any], devic
         ({"is_causal": True, "chunk_size": 3}, "is_causal", ["chunk_size 3", "window_size 4"]),
     ],
 )
-def test_sequences(options: dict[str, Any], name: str, words: list[str], device: str) -> None:
+def test_sequences(
+    options: dict[str, Any], name: str, words: list[str], functions: ModuleType, device: str
+) -> None:
     options = {k: placed(x, device) for k, x in options.items()}
     error = TypeError if name == "projection" else ValueError
     arguments = {**qkv_of(device), "window_size": 4, "chunk_size": 2, **options}
-    assert_refused(lambda: functional.eva_attention(**arguments), name, error, words)
+    assert_refused(lambda: functions.eva_attention(**arguments), name, error, words)
+
+
+@on_devices
+@pytest.mark.parametrize("entry", SHARED, ids=label)
+def test_the_oracle_of_the_summary(entry: Any, device: str) -> None:
+    name, value, error, words = entry
+    if name not in SUMMARY:
+        pytest.skip("chunk_summary does not take it")
+    arguments = {**qkv_of(device), **options_of(device), name: placed(value, device)}
+    arguments = {k: x for k, x in arguments.items() if k in SUMMARY}
+    assert_refused(lambda: reference.chunk_summary(**arguments), name, error, words)
 
 
 @on_devices
@@ -333,7 +358,11 @@ def test_sizes_whose_product_overflows(device: str) -> None:
     """2**32 * 2**32 is 0 in 64 bits, the number of tokens that a prefix of 13 leaves."""
     arguments = {**qkv_of(device), "grid_size": (2**32, 2**32), "num_prefix_tokens": TOKENS}
     arguments |= {"window_size": (2, 2), "chunk_size": (2, 2)}
-    for attention in (functional.eva_attention, torch.ops.eva_attn.eva_attention):
+    for attention in (
+        functional.eva_attention,
+        reference.eva_attention,
+        torch.ops.eva_attn.eva_attention,
+    ):
         assert_refused(
             lambda attention=attention: attention(**arguments), "grid_size", ValueError, ["4294967296"]
         )
@@ -342,5 +371,6 @@ def test_sizes_whose_product_overflows(device: str) -> None:
 @on_devices
 def test_nothing_is_refused_without_a_mistake(device: str) -> None:
     """So that what the others are refused for is their one mistake."""
-    functional.eva_attention(**qkv_of(device), **options_of(device), log_count_bias=True)
+    for functions in (functional, reference):
+        functions.eva_attention(**qkv_of(device), **options_of(device), log_count_bias=True)
     torch.ops.eva_attn.eva_attention(**qkv_of(device), **options_of(device), **weights_of(device))

@@ -460,3 +460,19 @@ def test_sizes_that_are_no_sizes(options: dict, error: type[Exception], words: l
     with pytest.raises(error) as raised:
         reference.eva_attention(query, key, value, **{"window_size": 4, "chunk_size": 2, **options})
     assert all(word in str(raised.value) for word in words)
+
+
+def test_composes_with_torch_func() -> None:
+    torch.manual_seed(0)
+    query = torch.randn(2, 1, 2, 6, 3, dtype=torch.float64)
+    projection = LandmarkProjection(3, dtype=torch.float64)
+
+    def attention(query: Tensor) -> Tensor:
+        return reference.eva_attention(
+            query, query, query, window_size=3, chunk_size=2, projection=projection
+        ).sin()
+
+    torch.testing.assert_close(torch.func.vmap(attention)(query), torch.stack([attention(x) for x in query]))
+    forward = torch.func.jacfwd(torch.func.jacrev(lambda x: attention(x).sum()))(query[0])
+    reverse = torch.autograd.functional.hessian(lambda x: attention(x).sum(), query[0])
+    torch.testing.assert_close(forward, reverse)
