@@ -19,6 +19,7 @@ from benchmarks import harness
 
 from . import digits
 from .digits import SIDE
+from .running import write_atomically
 from .train_digits import (
     Options,
     Report,
@@ -27,7 +28,6 @@ from .train_digits import (
     options_of,
     train,
     train_step,
-    write_atomically,
 )
 
 NAMES = {"softmax": "softmax", "eva": "EVA", "window": "window only", "performer": "Performer"}

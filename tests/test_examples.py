@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from examples import demo, digits
-from examples.train_digits import Options, Training, train, write_atomically
+from examples.running import write_atomically
+from examples.train_digits import Options, Training, train
 from examples.vit import ATTENTION, VisionTransformer
 
 TINY = Options(
