@@ -1,5 +1,6 @@
 """Rounding: errors are at most twice those of the same formula in eager code of the same dtype."""
 
+from collections import defaultdict
 from dataclasses import replace
 
 import op_cases
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from eva_attn import functional, reference
 
+# In float32 a single draw says little: with outliers eager code was seen to have anything from a fifth to
+# twice the operators' error, by luck.
+DRAWS = {torch.float32: 6, torch.bfloat16: 1, torch.float16: 1}
 CASES = {
     "sequence": Case(200, 16, 8, kind="linear-layernorm", bias="per head", head_dim=64),
     "sequence-overlap": Case(
@@ -42,25 +46,35 @@ def test_errors_beside_eager_code(
     name: str, dtype: torch.dtype, stretch: float, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the mean over each output and gradient, and at its worst; with outliers for `stretch` > 1."""
-    case = replace(CASES[name], batch=2, heads=2)
-    given = op_cases.arguments(case, device, dtype, stretch)
-    exact = op_cases.arguments(case, device, torch.float64, stretch)
-    with torch.no_grad():
-        for name, x in exact.inputs.items():
-            x.copy_(given.inputs[name])
-        exact.cotangent.copy_(given.cotangent)
-        if case.noise:
-            exact.options["noise"].copy_(given.options["noise"])
-    expected = outcome(reference, case, exact)
-    actual = outcome(functional, case, given)
-    monkeypatch.setattr(reference, "_computed", eager_computed)
-    eager = outcome(reference, case, given)
-    for name, x in expected.items():
-        error, eager_error = ((found[name].double() - x).abs() for found in (actual, eager))
-        # One rounding of the largest number in float32, for errors of eager code that happen to be smaller.
-        floor = 6e-8 * x.abs().max()
-        assert error.square().mean().sqrt() <= 2 * eager_error.square().mean().sqrt() + floor, name
-        assert error.max() <= 2 * eager_error.max() + floor, name
+    squares, largest = (defaultdict(lambda: torch.zeros(2)) for _ in range(2))  # ours, eager
+    floors: dict[str, float] = defaultdict(float)
+    computed = reference._computed
+    for seed in range(DRAWS[dtype]):
+        case = replace(CASES[name], batch=2, heads=2, seed=seed)
+        given = op_cases.arguments(case, device, dtype, stretch)
+        exact = op_cases.arguments(case, device, torch.float64, stretch)
+        with torch.no_grad():
+            for key, x in exact.inputs.items():
+                x.copy_(given.inputs[key])
+            exact.cotangent.copy_(given.cotangent)
+            if case.noise:
+                exact.options["noise"].copy_(given.options["noise"])
+        monkeypatch.setattr(reference, "_computed", computed)
+        expected = outcome(reference, case, exact)
+        actual = outcome(functional, case, given)
+        monkeypatch.setattr(reference, "_computed", eager_computed)
+        eager = outcome(reference, case, given)
+        for key, x in expected.items():
+            errors = [(found[key].double() - x).abs() for found in (actual, eager)]
+            squares[key] += torch.stack([error.square().mean() for error in errors]).cpu()
+            largest[key] += torch.stack([error.max() for error in errors]).cpu()
+            # One rounding of the largest number in float32, where eager code's errors happen to be smaller.
+            floors[key] += 6e-8 * x.abs().max().item()
+    for key, floor in floors.items():
+        ours, eagers = (squares[key] / DRAWS[dtype]).sqrt().tolist()
+        assert ours <= 2 * eagers + floor / DRAWS[dtype], key
+        ours, eagers = largest[key].tolist()
+        assert ours <= 2 * eagers + floor, key
 
 
 @pytest.mark.parametrize("device", DEVICES)
