@@ -1,5 +1,6 @@
 #include "cpu/chunk_summary.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
@@ -42,7 +43,7 @@ Summary::Summary(const Call& call, const Geometry& geometry, const Tensor& key_m
           .grad_beta = nullptr,
           .grad_key_mean = nullptr,
           .grad_query_mean = nullptr,
-          .chunk_stats = nullptr,
+          .member_terms = nullptr,
           .grad_key_linear = nullptr,
           .grad_query_linear = nullptr,
           .grad_vectors = nullptr,
@@ -50,12 +51,14 @@ Summary::Summary(const Call& call, const Geometry& geometry, const Tensor& key_m
 
 Summary::ProjectionTensors Summary::projection_tensors(const ProjectionWeights& weights,
                                                        at::ScalarType accumulation) {
-    const Tensor weight = contiguous(weights.weight, accumulation);
-    return {.weight = weight.defined() ? pad_rows(weight) : Tensor(),
-            .weight_t = weight.defined() ? pad_rows(weight.t()) : Tensor(),
-            .bias = contiguous(weights.bias, accumulation),
-            .norm_weight = contiguous(weights.norm_weight, accumulation),
-            .norm_bias = contiguous(weights.norm_bias, accumulation)};
+    const auto padded_rows = [&](const OptionalTensor& tensor) {
+        return tensor ? pad_rows(tensor->to(accumulation)) : Tensor();
+    };
+    return {.weight = padded_rows(weights.weight),
+            .weight_t = weights.weight ? padded_rows(weights.weight->t()) : Tensor(),
+            .bias = padded_rows(weights.bias),
+            .norm_weight = padded_rows(weights.norm_weight),
+            .norm_bias = padded_rows(weights.norm_bias)};
 }
 
 Projection Summary::projection(const ProjectionTensors& tensors) {
@@ -66,35 +69,26 @@ Projection Summary::projection(const ProjectionTensors& tensors) {
             .norm_bias = data(tensors.norm_bias)};
 }
 
-int64_t Summary::tasks() const {
-    const Shape& shape = params_.shape;
-    return shape.batch * shape.heads * detail::ceil_div(shape.geometry.num_chunks(), kChunksPerTask);
-}
-
-void Summary::forward(const Tensor& landmark_key, const Tensor& landmark_value) {
+Stage Summary::forward(const Tensor& landmark_key, const Tensor& landmark_value) {
     params_.landmark_key = data(landmark_key);
     params_.landmark_value = data(landmark_value);
     if (params_.has_projection && !params_.has_query_projection)
         query_mean_.zero_(); // the kernel has no use for it
-    run(kernels_.chunk_summary_fwd, kernels_.summary_scratch, params_, tasks());
+    return stage(kernels_.chunk_summary_fwd, params_, tasks_per_head(), kernels_.summary_scratch(params_));
 }
 
-void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landmark_value,
-                       const Tensors<8>& grad_weights) {
+Stage Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landmark_value) {
     const Shape& shape = params_.shape;
-    const int64_t num_rows = shape.batch * shape.heads * shape.geometry.num_chunks();
+    const int64_t heads = shape.batch * shape.heads, num_rows = heads * shape.geometry.num_chunks();
     const int64_t width = padded(shape.head_dim);
     const auto options = key_mean_.options();
-    omega_ = at::empty({num_rows, width}, options);
-    grad_beta_ = at::empty({num_rows, width}, options);
-    grad_key_mean_ = at::empty({num_rows, width}, options);
-    grad_query_mean_ = at::empty({num_rows, width}, options);
-    chunk_stats_ = at::empty({num_rows, 2}, options.dtype(at::kDouble));
-    Tensor grad_key_linear, grad_query_linear, grad_vectors;
+    for (Tensor* tensor : {&omega_, &grad_beta_, &grad_key_mean_, &grad_query_mean_})
+        *tensor = at::empty({num_rows, width}, options);
+    member_terms_ = at::empty({num_rows, chunk_size(shape.geometry), 2}, options);
     if (params_.has_projection) {
-        grad_key_linear = at::empty({num_rows, width}, options);
-        grad_query_linear = at::empty({num_rows, width}, options);
-        grad_vectors = at::zeros({tasks(), 6, width}, options);
+        grad_key_linear_ = at::empty({num_rows, width}, options);
+        grad_query_linear_ = at::empty({num_rows, width}, options);
+        grad_vectors_ = at::empty({heads * tasks_per_head(), 6, width}, options);
     }
 
     params_.grad_landmark_key = data(grad_landmark_key);
@@ -106,25 +100,47 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
     params_.grad_beta = data(grad_beta_);
     params_.grad_key_mean = data(grad_key_mean_);
     params_.grad_query_mean = data(grad_query_mean_);
-    params_.chunk_stats = data(chunk_stats_);
-    params_.grad_key_linear = data(grad_key_linear);
-    params_.grad_query_linear = data(grad_query_linear);
-    params_.grad_vectors = data(grad_vectors);
-    run(kernels_.chunk_summary_bwd, kernels_.summary_scratch, params_, tasks());
+    params_.member_terms = data(member_terms_);
+    params_.grad_key_linear = data(grad_key_linear_);
+    params_.grad_query_linear = data(grad_query_linear_);
+    params_.grad_vectors = data(grad_vectors_);
+    return stage(kernels_.chunk_summary_bwd, params_, tasks_per_head(), kernels_.summary_scratch(params_));
+}
 
+Stage Summary::add_to_tokens(const Tensor& grad_query, const Tensor& grad_key, const Tensor& grad_value) {
+    const Geometry& geometry = params_.shape.geometry;
+    terms_ = TermsParams{
+        .shape = params_.shape,
+        .key = params_.key,
+        .key_padding_mask = params_.key_padding_mask,
+        .omega = params_.omega,
+        .grad_beta = params_.grad_beta,
+        .grad_key_mean = params_.grad_key_mean,
+        .grad_query_mean = params_.grad_query_mean,
+        .member_terms = params_.member_terms,
+        .grad_query = rows(grad_query),
+        .grad_key = rows(grad_key),
+        .grad_value = rows(grad_value),
+    };
+    return stage(kernels_.chunk_terms, terms_,
+                 detail::ceil_div(geometry.grid_height * geometry.grid_width, kTokensPerTask),
+                 kernels_.terms_scratch(terms_));
+}
+
+void Summary::weight_gradients(const Tensors<8>& grad_weights) const {
     if (!params_.has_projection) return;
-    const Tensor vectors = sum_in_order(grad_vectors).narrow(1, 0, shape.head_dim); // [6, D]
+    const Tensor vectors = sum_in_order(grad_vectors_).narrow(1, 0, params_.shape.head_dim); // [6, D]
     const auto& [key_weight, key_bias, key_norm_weight, key_norm_bias, query_weight, query_bias,
                  query_norm_weight, query_norm_bias] = grad_weights;
     const auto copy = [&](const Tensor& gradient, const Tensor& given, int64_t vector) {
         if (given.defined()) gradient.copy_(vectors[vector]);
     };
-    weight_gradient(grad_key_linear, key_mean_, key_weight);
+    weight_gradient(grad_key_linear_, key_mean_, key_weight);
     copy(key_bias, key_projection_.bias, 0);
     copy(key_norm_weight, key_projection_.norm_weight, 1);
     copy(key_norm_bias, key_projection_.norm_bias, 2);
     if (!params_.has_query_projection) return;
-    weight_gradient(grad_query_linear, query_mean_, query_weight);
+    weight_gradient(grad_query_linear_, query_mean_, query_weight);
     copy(query_bias, query_projection_.bias, 3);
     copy(query_norm_weight, query_projection_.norm_weight, 4);
     copy(query_norm_bias, query_projection_.norm_bias, 5);
@@ -147,19 +163,12 @@ void Summary::weight_gradient(const Tensor& grad_linear, const Tensor& mean,
     grad_weight.copy_(result.narrow(1, 0, head_dim));
 }
 
-ChunkTerms Summary::chunk_terms() const {
-    return {.omega = params_.omega,
-            .grad_beta = params_.grad_beta,
-            .grad_key_mean = params_.grad_key_mean,
-            .grad_query_mean = params_.grad_query_mean,
-            .chunk_stats = params_.chunk_stats};
-}
-
 namespace {
 
 void forward(const Call& call, const Tensors<4>& outputs) {
     const auto& [landmark_key, landmark_value, key_mean, query_mean] = outputs;
-    Summary(call, concrete(call.geometry), key_mean, query_mean).forward(landmark_key, landmark_value);
+    Summary summary(call, concrete(call.geometry), key_mean, query_mean);
+    run({summary.forward(landmark_key, landmark_value)}, call.query.size(0) * call.query.size(1));
 }
 
 void backward(const Call& call, const OptionalTensor& grad_landmark_key,
@@ -167,34 +176,23 @@ void backward(const Call& call, const OptionalTensor& grad_landmark_key,
               const Tensors<11>& gradients) {
     const auto& [landmark_key, landmark_value, key_mean, query_mean] = outputs;
     const auto& [grad_query, grad_key, grad_value, w0, w1, w2, w3, w4, w5, w6, w7] = gradients;
-    Summary summary(call, concrete(call.geometry), key_mean, query_mean);
-    const SummaryParams& params = summary.params();
-    const Shape& shape = params.shape;
+    const Geometry geometry = concrete(call.geometry);
+    const int64_t heads = call.query.size(0) * call.query.size(1), head_dim = call.query.size(3);
+    Summary summary(call, geometry, key_mean, query_mean);
 
     const auto incoming = [&](const OptionalTensor& gradient) {
         const Tensor result =
-            at::zeros({shape.batch * shape.heads, 1, shape.geometry.num_chunks(), padded(shape.head_dim)},
-                      key_mean.options());
-        if (gradient) result.narrow(3, 0, shape.head_dim).copy_(gradient->flatten(0, 1).unsqueeze(1));
+            at::zeros({heads, 1, geometry.num_chunks(), padded(head_dim)}, key_mean.options());
+        if (gradient) result.narrow(3, 0, head_dim).copy_(gradient->flatten(0, 1).unsqueeze(1));
         return result;
     };
     const Tensor landmark_key_terms = incoming(grad_landmark_key);
     const Tensor landmark_value_terms = incoming(grad_landmark_value);
-    summary.backward(landmark_key_terms, landmark_value_terms, {w0, w1, w2, w3, w4, w5, w6, w7});
-
-    const Kernels& kernels = kernels_for(call.query.scalar_type());
-    const TermsParams terms{
-        .shape = shape,
-        .key = params.key,
-        .value = params.value,
-        .key_padding_mask = params.key_padding_mask,
-        .scale = params.scale,
-        .chunk_terms = summary.chunk_terms(),
-        .grad_query = rows(grad_query),
-        .grad_key = rows(grad_key),
-        .grad_value = rows(grad_value),
-    };
-    run(kernels.chunk_terms, kernels.terms_scratch, terms, shape.batch * shape.heads);
+    for (const Tensor& gradient : {grad_query, grad_key, grad_value}) gradient.zero_();
+    run({summary.backward(landmark_key_terms, landmark_value_terms),
+         summary.add_to_tokens(grad_query, grad_key, grad_value)},
+        heads);
+    summary.weight_gradients({w0, w1, w2, w3, w4, w5, w6, w7});
 }
 
 } // namespace

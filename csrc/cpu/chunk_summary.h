@@ -9,14 +9,13 @@ class Summary {
   public:
     Summary(const Call& call, const Geometry& geometry, const Tensor& key_mean, const Tensor& query_mean);
 
-    void forward(const Tensor& landmark_key, const Tensor& landmark_value);
-    // Landmark gradients [B H, pieces, at least C, padded D]; writes the gradients of the weights.
-    void backward(const Tensor& grad_landmark_key, const Tensor& grad_landmark_value,
-                  const Tensors<8>& grad_weights);
-
-    // After backward: what the tokens' gradients need.
-    ChunkTerms chunk_terms() const;
-    const SummaryParams& params() const { return params_; }
+    Stage forward(const Tensor& landmark_key, const Tensor& landmark_value);
+    // Landmark gradients [B H, pieces, at least C, padded D].
+    Stage backward(const Tensor& grad_landmark_key, const Tensor& grad_landmark_value);
+    // After it: adds what the tokens' gradients get from their chunks'.
+    Stage add_to_tokens(const Tensor& grad_query, const Tensor& grad_key, const Tensor& grad_value);
+    // Once backward has run: writes the gradients of the weights.
+    void weight_gradients(const Tensors<8>& grad_weights) const;
 
   private:
     struct ProjectionTensors {
@@ -25,14 +24,18 @@ class Summary {
     static ProjectionTensors projection_tensors(const ProjectionWeights& weights,
                                                 at::ScalarType accumulation);
     static Projection projection(const ProjectionTensors& tensors);
-    int64_t tasks() const;
+    int64_t tasks_per_head() const {
+        return detail::ceil_div(params_.shape.geometry.num_chunks(), kChunksPerTask);
+    }
     void weight_gradient(const Tensor& grad_linear, const Tensor& mean, const Tensor& grad_weight) const;
 
     const Kernels& kernels_;
     ProjectionTensors key_projection_, query_projection_;
     Tensor mask_, noise_, key_mean_, query_mean_;
-    Tensor omega_, grad_beta_, grad_key_mean_, grad_query_mean_, chunk_stats_;
+    Tensor omega_, grad_beta_, grad_key_mean_, grad_query_mean_, member_terms_;
+    Tensor grad_key_linear_, grad_query_linear_, grad_vectors_;
     SummaryParams params_;
+    TermsParams terms_{};
 };
 
 } // namespace eva_attn::cpu

@@ -1,7 +1,5 @@
 #include "ops/eva_attention.h"
 
-#include <ATen/ops/zeros.h>
-
 #include "cpu/chunk_summary.h"
 #include "cpu/window_attention.h"
 
@@ -11,8 +9,11 @@ namespace {
 void forward(const Call& call, const Tensors<6>& outputs) {
     const auto& [output, logsumexp, landmark_key, landmark_value, key_mean, query_mean] = outputs;
     const Geometry geometry = concrete(call.geometry);
-    Summary(call, geometry, key_mean, query_mean).forward(landmark_key, landmark_value);
-    Attention(call, geometry, landmark_key, landmark_value, output, logsumexp).forward();
+    Summary summary(call, geometry, key_mean, query_mean);
+    const Attention attention(call, geometry, landmark_key, landmark_value, output, logsumexp);
+    std::vector<Stage> stages{summary.forward(landmark_key, landmark_value)};
+    attention.forward(stages);
+    run(stages, call.query.size(0) * call.query.size(1));
 }
 
 void backward(const Call& call, const Tensor& grad_output, const Tensors<6>& outputs,
@@ -22,17 +23,14 @@ void backward(const Call& call, const Tensor& grad_output, const Tensors<6>& out
         gradients;
     const Geometry geometry = concrete(call.geometry);
     Attention attention(call, geometry, landmark_key, landmark_value, output, logsumexp);
-    attention.backward_global(grad_output);
-
-    Tensor grad_landmark_key = attention.grad_global_key(),
-           grad_landmark_value = attention.grad_global_value();
-    if (!grad_landmark_key.defined()) { // no tokens at all
-        const int64_t sizes[] = {call.query.size(0) * call.query.size(1), 1, 0, padded(call.query.size(3))};
-        grad_landmark_key = grad_landmark_value = at::zeros(sizes, key_mean.options());
-    }
     Summary summary(call, geometry, key_mean, query_mean);
-    summary.backward(grad_landmark_key, grad_landmark_value, {w0, w1, w2, w3, w4, w5, w6, w7});
-    attention.backward_tokens(summary.chunk_terms(), grad_query, grad_key, grad_value, grad_relative_bias);
+    std::vector<Stage> stages;
+    attention.backward(stages, grad_output, grad_query, grad_key, grad_value);
+    stages.push_back(summary.backward(attention.grad_global_key(), attention.grad_global_value()));
+    stages.push_back(summary.add_to_tokens(grad_query, grad_key, grad_value));
+    run(stages, call.query.size(0) * call.query.size(1));
+    summary.weight_gradients({w0, w1, w2, w3, w4, w5, w6, w7});
+    attention.relative_bias_gradient(grad_relative_bias);
 }
 
 } // namespace

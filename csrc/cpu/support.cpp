@@ -1,9 +1,11 @@
 #include "cpu/support.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <algorithm>
+#include <c10/core/CPUAllocator.h>
 #include <cmath>
 
 namespace eva_attn::cpu {
@@ -96,6 +98,25 @@ Tensor sum_in_order(const Tensor& terms) {
     const Tensor sum = at::zeros(terms.sizes().slice(1), terms.options());
     for (int64_t i = 0; i < terms.size(0); ++i) sum.add_(terms.select(0, i));
     return sum;
+}
+
+void run(const std::vector<Stage>& stages, int64_t heads) {
+    if (heads >= 4 * at::get_num_threads()) {
+        size_t size = 0;
+        for (const Stage& stage : stages) size = std::max(size, stage.scratch);
+        at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+            const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(size);
+            for (int64_t head = begin; head < end; ++head)
+                for (const auto& [kernel, tasks, _] : stages)
+                    kernel(head * tasks, (head + 1) * tasks, static_cast<char*>(scratch.get()));
+        });
+        return;
+    }
+    for (const Stage& stage : stages)
+        at::parallel_for(0, heads * stage.tasks_per_head, 1, [&](int64_t begin, int64_t end) {
+            const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(stage.scratch);
+            stage.kernel(begin, end, static_cast<char*>(scratch.get()));
+        });
 }
 
 } // namespace eva_attn::cpu

@@ -1,8 +1,8 @@
 // From torch's tensors to what the kernels take.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
+#include <functional>
+#include <vector>
 
 #include "kernels/cpu/params.h"
 #include "ops/call.h"
@@ -31,15 +31,22 @@ inline const bool* mask_data(const Tensor& mask) {
     return mask.defined() ? mask.const_data_ptr<bool>() : nullptr;
 }
 
+// A kernel with its params: tasks for each (batch, head) in turn, and the scratch that a thread needs.
+struct Stage {
+    std::function<void(int64_t begin, int64_t end, char* scratch)> kernel;
+    int64_t tasks_per_head;
+    size_t scratch;
+};
+
 template <class Params>
-void run(void (*kernel)(const Params&, int64_t, int64_t, char*), size_t (*scratch_size)(const Params&),
-         const Params& params, int64_t tasks) {
-    if (tasks == 0) return;
-    const size_t size = scratch_size(params);
-    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-        const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(size);
-        kernel(params, begin, end, static_cast<char*>(scratch.get()));
-    });
+Stage stage(void (*kernel)(const Params&, int64_t, int64_t, char*), const Params& params,
+            int64_t tasks_per_head, size_t scratch) {
+    return {[=, &params](int64_t begin, int64_t end, char* memory) { kernel(params, begin, end, memory); },
+            tasks_per_head, scratch};
 }
+
+// Runs stages one after another; head by head where there are many, so that a stage finds in cache what the
+// one before has read.
+void run(const std::vector<Stage>& stages, int64_t heads);
 
 } // namespace eva_attn::cpu

@@ -1,7 +1,7 @@
 #include "cpu/window_attention.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/empty_like.h>
 #include <cmath>
 
 #include "ops/window_attention.h"
@@ -44,8 +44,8 @@ Attention::Attention(const Call& call, const Geometry& geometry, const OptionalT
         .key = rows(call.key),
         .value = rows(call.value),
         .num_landmarks = landmark_key ? geometry.num_chunks() : 0,
-        .landmark_key = data(landmark_key_),
-        .landmark_value = data(landmark_value_),
+        .landmark_key = landmark_key ? rows(landmark_key_) : Rows{},
+        .landmark_value = landmark_key ? rows(landmark_value_) : Rows{},
         .landmark_bias = data(landmark_bias_),
         .extents = static_cast<const int32_t*>(data(extents_)),
         .extents_batch_stride = mask_.defined() ? 4 * geometry.num_chunks() : 0,
@@ -65,54 +65,47 @@ Attention::Attention(const Call& call, const Geometry& geometry, const OptionalT
         .grad_global_key = nullptr,
         .grad_global_value = nullptr,
         .grad_relative_bias = nullptr,
-        .chunk_terms = {},
     };
 }
 
-void Attention::forward() const {
-    run(kernels_.window_attention_fwd, kernels_.attention_scratch, params_, tasks());
-    if (params_.shape.geometry.num_prefix_tokens == 0) return;
-    run(kernels_.prefix_attention_fwd, kernels_.prefix_scratch, params_,
-        params_.shape.batch * params_.shape.heads);
+void Attention::forward(std::vector<Stage>& stages) const {
+    stages.push_back(stage(kernels_.window_attention_fwd, params_, params_.pieces,
+                           kernels_.attention_scratch(params_, false)));
+    if (params_.shape.geometry.num_prefix_tokens > 0)
+        stages.push_back(
+            stage(kernels_.prefix_attention_fwd, params_, 1, kernels_.prefix_scratch(params_, false)));
 }
 
-void Attention::backward_global(const Tensor& grad_output) {
-    params_.grad_output = rows(grad_output);
-    const Shape& shape = params_.shape;
-    const int64_t num_rows = params_.num_landmarks + shape.geometry.num_prefix_tokens;
-    if (num_rows == 0) return;
-    const int64_t sizes[] = {shape.batch * shape.heads, params_.pieces, num_rows, padded(shape.head_dim)};
-    grad_global_key_ = at::empty(sizes, logsumexp_.options());
-    grad_global_value_ = at::empty(sizes, logsumexp_.options());
-    params_.grad_global_key = data(grad_global_key_);
-    params_.grad_global_value = data(grad_global_value_);
-    run(kernels_.window_attention_bwd_global, kernels_.attention_scratch, params_, tasks());
-}
-
-void Attention::backward_tokens(const ChunkTerms& chunk_terms, const Tensor& grad_query,
-                                const Tensor& grad_key, const Tensor& grad_value,
-                                const Tensor& grad_relative_bias) {
+void Attention::backward(std::vector<Stage>& stages, const Tensor& grad_output, const Tensor& grad_query,
+                         const Tensor& grad_key, const Tensor& grad_value) {
     const Shape& shape = params_.shape;
     const Geometry& geometry = shape.geometry;
+    const auto options = logsumexp_.options();
+    const int64_t heads = shape.batch * shape.heads;
+    const int64_t globals = params_.num_landmarks + geometry.num_prefix_tokens;
+    grad_global_key_ = at::empty({heads, params_.pieces, globals, padded(shape.head_dim)}, options);
+    grad_global_value_ = at::empty_like(grad_global_key_);
+    if (relative_bias_.defined())
+        bias_terms_ = at::empty(
+            {shape.batch, shape.heads, params_.pieces, geometry.bias_height, geometry.bias_width}, options);
+
+    params_.grad_output = rows(grad_output);
     params_.grad_query = rows(grad_query);
     params_.grad_key = rows(grad_key);
     params_.grad_value = rows(grad_value);
-    params_.chunk_terms = chunk_terms;
-    Tensor bias_terms;
-    if (relative_bias_.defined()) {
-        bias_terms =
-            at::zeros({shape.batch, shape.heads, params_.pieces, geometry.bias_height, geometry.bias_width},
-                      logsumexp_.options());
-        params_.grad_relative_bias = data(bias_terms);
-    }
+    params_.grad_global_key = data(grad_global_key_);
+    params_.grad_global_value = data(grad_global_value_);
+    params_.grad_relative_bias = data(bias_terms_);
+    stages.push_back(stage(kernels_.window_attention_bwd, params_, params_.pieces,
+                           kernels_.attention_scratch(params_, true)));
+    if (geometry.num_prefix_tokens > 0)
+        stages.push_back(
+            stage(kernels_.prefix_attention_bwd, params_, 1, kernels_.prefix_scratch(params_, true)));
+}
 
-    run(kernels_.window_attention_bwd, kernels_.attention_scratch, params_, tasks());
-    if (geometry.num_prefix_tokens > 0) {
-        run(kernels_.prefix_attention_bwd, kernels_.prefix_scratch, params_, shape.batch * shape.heads);
-    }
-
+void Attention::relative_bias_gradient(const Tensor& grad_relative_bias) const {
     if (!relative_bias_.defined()) return;
-    Tensor sum = sum_in_order(sum_in_order(bias_terms).transpose(0, 1)); // [H, height, width]
+    Tensor sum = sum_in_order(sum_in_order(bias_terms_).transpose(0, 1)); // [H, height, width]
     if (relative_bias_.size(0) == 1) sum = sum_in_order(sum).unsqueeze(0);
     grad_relative_bias.copy_(sum);
 }
@@ -121,8 +114,11 @@ namespace {
 
 void forward(const Call& call, const Tensors<2>& outputs) {
     const auto& [output, logsumexp] = outputs;
-    Attention(call, concrete(call.geometry), call.landmark_key, call.landmark_value, output, logsumexp)
-        .forward();
+    const Attention attention(call, concrete(call.geometry), call.landmark_key, call.landmark_value, output,
+                              logsumexp);
+    std::vector<Stage> stages;
+    attention.forward(stages);
+    run(stages, call.query.size(0) * call.query.size(1));
 }
 
 void backward(const Call& call, const Tensor& grad_output, const Tensors<2>& outputs,
@@ -132,8 +128,10 @@ void backward(const Call& call, const Tensor& grad_output, const Tensors<2>& out
                  grad_relative_bias] = gradients;
     const Geometry geometry = concrete(call.geometry);
     Attention attention(call, geometry, call.landmark_key, call.landmark_value, output, logsumexp);
-    attention.backward_global(grad_output);
-    attention.backward_tokens(ChunkTerms{}, grad_query, grad_key, grad_value, grad_relative_bias);
+    std::vector<Stage> stages;
+    attention.backward(stages, grad_output, grad_query, grad_key, grad_value);
+    run(stages, call.query.size(0) * call.query.size(1));
+    attention.relative_bias_gradient(grad_relative_bias);
 
     const auto sum_pieces = [&](const Tensor& terms, const Tensor& gradient) {
         if (gradient.numel() == 0) return;

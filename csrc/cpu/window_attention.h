@@ -11,24 +11,21 @@ class Attention {
     Attention(const Call& call, const Geometry& geometry, const OptionalTensor& landmark_key,
               const OptionalTensor& landmark_value, const Tensor& output, const Tensor& logsumexp);
 
-    void forward() const;
-
-    // The backward's first half: gradients of landmarks and prefix keys.
-    void backward_global(const Tensor& grad_output);
-    // Its result [B H, pieces, C + P, padded D], the landmarks' rows first; undefined where C + P is 0.
+    void forward(std::vector<Stage>& stages) const;
+    // Gradients of the tokens, and of landmarks and prefix keys:
+    void backward(std::vector<Stage>& stages, const Tensor& grad_output, const Tensor& grad_query,
+                  const Tensor& grad_key, const Tensor& grad_value);
+    // [B H, pieces, C + P, padded D], the landmarks' rows first.
     const Tensor& grad_global_key() const { return grad_global_key_; }
     const Tensor& grad_global_value() const { return grad_global_value_; }
-    // Its second half, which writes all other gradients, with the tokens' share in their chunks added.
-    void backward_tokens(const ChunkTerms& chunk_terms, const Tensor& grad_query, const Tensor& grad_key,
-                         const Tensor& grad_value, const Tensor& grad_relative_bias);
+    // Once backward has run.
+    void relative_bias_gradient(const Tensor& grad_relative_bias) const;
 
   private:
-    int64_t tasks() const { return params_.shape.batch * params_.shape.heads * params_.pieces; }
-
     const Kernels& kernels_;
     Tensor landmark_key_, landmark_value_, landmark_bias_, extents_, relative_bias_, mask_, output_,
         logsumexp_;
-    Tensor grad_global_key_, grad_global_value_;
+    Tensor grad_global_key_, grad_global_value_, bias_terms_;
     AttentionParams params_;
 };
 

@@ -1,6 +1,25 @@
 // Summaries of chunks, forward and backward, and what each member token gets from its chunks' gradients.
 // Included once per instruction set, behind simd.h.
 
+// Valid tokens of a chunk.
+struct Members {
+    int32_t* token; // row-major
+    int32_t* place; // in the chunk's box
+    int64_t size = 0;
+
+    void list(const Geometry& g, const bool* mask, int64_t batch, int64_t chunk) {
+        const Box box = g.chunk_box(chunk);
+        size = 0;
+        int32_t at = 0;
+        for (int64_t y = box.y0; y < box.y1; ++y)
+            for (int64_t x = box.x0; x < box.x1; ++x, ++at) {
+                if (is_padding(mask, batch, g.num_tokens(), g.token(y, x))) continue;
+                token[size] = static_cast<int32_t>(g.token(y, x));
+                place[size++] = at;
+            }
+    }
+};
+
 template <class T>
 struct SummaryScratch {
     int64_t ld;
@@ -8,14 +27,13 @@ struct SummaryScratch {
     T *landmark_key, *landmark_query, *grad_a, *grad_b, *grad_mean;             // [kChunksPerTask, ld]
     T *row, *beta;                                                              // [ld]
     T *key_rstd, *query_rstd, *divisor;                                         // [kChunksPerTask]
-    double *weights, *grad_p;                                                   // [members]
-    int32_t* members;                                                           // [members]
+    double *logits, *grad_p;                                                    // [members]
+    T* weights;                                                                 // [members, whole vectors]
+    Members members;
     size_t bytes;
 
     SummaryScratch(const Shape& shape, char* base) : ld(padded(shape.head_dim)) {
-        const Geometry& g = shape.geometry;
-        const int64_t members_max = detail::min(g.chunk_height + 2 * g.chunk_overlap_y, g.grid_height) *
-                                    detail::min(g.chunk_width + 2 * g.chunk_overlap_x, g.grid_width);
+        const int64_t size = chunk_size(shape.geometry);
         Arena arena(base);
         for (T** rows : {&key_mean, &query_mean, &key_linear, &query_linear, &key_hat, &query_hat,
                          &landmark_key, &landmark_query, &grad_a, &grad_b, &grad_mean})
@@ -25,9 +43,11 @@ struct SummaryScratch {
         key_rstd = arena.take<T>(kChunksPerTask);
         query_rstd = arena.take<T>(kChunksPerTask);
         divisor = arena.take<T>(kChunksPerTask);
-        weights = arena.take<double>(members_max);
-        grad_p = arena.take<double>(members_max);
-        members = arena.take<int32_t>(members_max);
+        logits = arena.take<double>(size);
+        grad_p = arena.take<double>(size);
+        weights = arena.take<T>(whole_vectors<T>(size));
+        members.token = arena.take<int32_t>(size);
+        members.place = arena.take<int32_t>(size);
         bytes = arena.used();
     }
 };
@@ -35,20 +55,6 @@ struct SummaryScratch {
 template <class S, class T>
 inline size_t summary_scratch(const SummaryParams& p) {
     return SummaryScratch<T>(p.shape, nullptr).bytes;
-}
-
-// Valid tokens of a chunk, row-major; returns their number.
-inline int64_t chunk_members(const Geometry& g, const bool* mask, int64_t batch, int64_t chunk,
-                             int32_t* members) {
-    const Box box = g.chunk_box(chunk);
-    int64_t count = 0;
-    for (int64_t y = box.y0; y < box.y1; ++y)
-        for (int64_t x = box.x0; x < box.x1; ++x) {
-            const int64_t token = g.token(y, x);
-            if (!is_padding(mask, batch, g.num_tokens(), token))
-                members[count++] = static_cast<int32_t>(token);
-        }
-    return count;
 }
 
 // What the sums over a chunk of `count` valid members are divided by.
@@ -72,30 +78,42 @@ inline void project(const Projection& a, bool has_projection, int64_t count, int
     const T* norm_bias = static_cast<const T*>(a.norm_bias);
     for (int64_t i = 0; i < count; ++i) {
         T* x = linear + i * ld;
-        if (bias)
-            for (int64_t d = 0; d < head_dim; ++d) x[d] += bias[d];
+        T* h = hat + i * ld;
         T* y = landmark + i * ld;
+        if (bias) add_scaled(x, T(1), bias, head_dim);
         if (!norm_weight) {
-            for (int64_t d = 0; d < head_dim; ++d) y[d] = x[d];
+            for (int64_t d = 0; d < head_dim; d += kWidth<T>) store(y + d, load(x + d));
             continue;
         }
-        T center = 0;
-        for (int64_t d = 0; d < head_dim; ++d) center += x[d];
-        center /= static_cast<T>(head_dim);
-        T variance = 0;
-        for (int64_t d = 0; d < head_dim; ++d) variance += (x[d] - center) * (x[d] - center);
-        variance /= static_cast<T>(head_dim);
+        Vec<T> total{}, squares{};
+        for (int64_t d = 0; d < head_dim; d += kWidth<T>) total += load(x + d);
+        const Vec<T> center = splat(sum<T>(total) / static_cast<T>(head_dim));
+        for (int64_t d = 0; d < head_dim; d += kWidth<T>) {
+            const Vec<T> centered = first_lanes<T>(load(x + d) - center, head_dim - d);
+            squares += centered * centered;
+            store(h + d, centered);
+        }
+        const T variance = sum<T>(squares) / static_cast<T>(head_dim);
         rstd[i] = T(1) / static_cast<T>(__builtin_sqrt(static_cast<double>(variance) + eps));
-        for (int64_t d = 0; d < head_dim; ++d) {
-            hat[i * ld + d] = (x[d] - center) * rstd[i];
-            y[d] = hat[i * ld + d] * norm_weight[d] + (norm_bias ? norm_bias[d] : T(0));
+        for (int64_t d = 0; d < head_dim; d += kWidth<T>) {
+            const Vec<T> normal = load(h + d) * splat(rstd[i]);
+            store(h + d, normal);
+            const Vec<T> scaled = normal * load(norm_weight + d);
+            store(y + d, norm_bias ? scaled + load(norm_bias + d) : scaled);
         }
     }
 }
 
+// scale (omega.k - |k|^2 / 2) in double: logits of chunks grow with the square of the norms, and their
+// differences count.
 template <class T>
 inline double chunk_logit(double scale, const T* omega, const T* key, int64_t head_dim) {
-    return scale * (exact_dot(omega, key, head_dim) - exact_dot(key, key, head_dim) * 0.5);
+    Vec<double> total{};
+    for (int64_t d = 0; d < head_dim; d += kWidth<double>) {
+        const Vec<double> k = load_double(key + d);
+        total += k * (load_double(omega + d) - k * splat(0.5));
+    }
+    return scale * sum<double>(total);
 }
 
 // omega = c_mu (q~ + k~) + noise, one chunk.
@@ -127,42 +145,56 @@ struct ChunkGroup {
     }
 };
 
-// The logits of the members, then their softmax weights in place; returns the log-sum-exp.
+template <class S>
+inline void prefetch_chunk(std::initializer_list<const Rows*> tensors, const Shape& shape,
+                           const ChunkGroup& group, int64_t i) {
+    const Geometry& g = shape.geometry;
+    if (group.first + i < g.num_chunks())
+        prefetch<S>(tensors, g, group.batch, group.head, g.chunk_box(group.first + i), shape.head_dim);
+}
+
+// The softmax weights of a chunk's members.
 template <class S, class T>
-inline double chunk_weights(const SummaryParams& p, const ChunkGroup& group, const SummaryScratch<T>& s,
-                            int64_t count, const T* omega) {
-    const int64_t head_dim = p.shape.head_dim;
-    double maximum = -__builtin_inf();
+inline void chunk_weights(const SummaryParams& p, const ChunkGroup& group, const SummaryScratch<T>& s,
+                          const T* omega) {
+    const int64_t head_dim = p.shape.head_dim, count = s.members.size;
+    double top = -__builtin_inf();
     for (int64_t j = 0; j < count; ++j) {
-        load_row<S, T>(p.key, group.batch, group.head, s.members[j], head_dim, s.row);
-        s.weights[j] = chunk_logit(p.scale, omega, s.row, head_dim);
-        maximum = s.weights[j] > maximum ? s.weights[j] : maximum;
+        const T* key = view_row<S, T>(p.key, group.batch, group.head, s.members.token[j], head_dim, s.row);
+        s.logits[j] = chunk_logit(p.scale, omega, key, head_dim);
+        top = s.logits[j] > top ? s.logits[j] : top;
     }
-    double total = 0;
-    for (int64_t j = 0; j < count; ++j) total += s.weights[j] = __builtin_exp(s.weights[j] - maximum);
-    for (int64_t j = 0; j < count; ++j) s.weights[j] /= total;
-    return maximum + __builtin_log(total);
+    for (int64_t j = 0; j < count; ++j) s.weights[j] = static_cast<T>(s.logits[j] - top);
+    for (int64_t j = count; j % kWidth<T> != 0; ++j) s.weights[j] = -infinity<T>();
+    Vec<T> total{};
+    for (int64_t j = 0; j < count; j += kWidth<T>) {
+        const Vec<T> e = exp(load(s.weights + j));
+        store(s.weights + j, e);
+        total += e;
+    }
+    const Vec<T> factor = splat(T(1) / sum<T>(total));
+    for (int64_t j = 0; j < count; j += kWidth<T>) store(s.weights + j, load(s.weights + j) * factor);
 }
 
 template <class S, class T>
 void chunk_summary_fwd(const SummaryParams& p, int64_t begin, int64_t end, char* scratch) {
-    const SummaryScratch<T> s(p.shape, scratch);
+    SummaryScratch<T> s(p.shape, scratch);
     const Geometry& g = p.shape.geometry;
     const int64_t head_dim = p.shape.head_dim, ld = s.ld;
     const bool has_mu = !p.has_projection || p.has_query_projection;
     for (int64_t task = begin; task < end; ++task) {
         const ChunkGroup group(p.shape, task);
+        const auto row = [&](const Rows& rows, int64_t j) {
+            return view_row<S, T>(rows, group.batch, group.head, s.members.token[j], head_dim, s.row);
+        };
         zero(s.key_mean, group.count * ld);
         zero(s.query_mean, group.count * ld);
         for (int64_t i = 0; i < group.count; ++i) {
-            const int64_t count =
-                chunk_members(g, p.key_padding_mask, group.batch, group.first + i, s.members);
-            const T divisor = mean_divisor<T>(p, count);
+            prefetch_chunk<S>({&p.query, &p.key, &p.value}, p.shape, group, i + 2);
+            s.members.list(g, p.key_padding_mask, group.batch, group.first + i);
+            const T divisor = mean_divisor<T>(p, s.members.size);
             const auto average = [&](const Rows& rows, T* mean, void* out) {
-                for (int64_t j = 0; j < count; ++j) {
-                    load_row<S, T>(rows, group.batch, group.head, s.members[j], head_dim, s.row);
-                    add_scaled(mean, T(1), s.row, head_dim);
-                }
+                for (int64_t j = 0; j < s.members.size; ++j) add_scaled(mean, T(1), row(rows, j), head_dim);
                 T* saved = static_cast<T*>(out) + (group.index + i) * head_dim;
                 for (int64_t d = 0; d < head_dim; ++d) saved[d] = mean[d] = mean[d] / divisor;
             };
@@ -176,20 +208,17 @@ void chunk_summary_fwd(const SummaryParams& p, int64_t begin, int64_t end, char*
                     s.query_linear, s.query_hat, s.query_rstd, s.landmark_query);
         for (int64_t i = 0; i < group.count; ++i) {
             const T* landmark = s.landmark_key + i * ld;
-            S* key_out = static_cast<S*>(p.landmark_key) + (group.index + i) * head_dim;
-            for (int64_t d = 0; d < head_dim; ++d) convert(landmark[d], key_out[d]);
+            store_elements(landmark, head_dim,
+                           static_cast<S*>(p.landmark_key) + (group.index + i) * head_dim);
             T* omega = s.grad_a;
             make_omega(p, has_mu, group.index + i, landmark, s.landmark_query + i * ld, omega);
-            const int64_t count =
-                chunk_members(g, p.key_padding_mask, group.batch, group.first + i, s.members);
-            if (count > 0) chunk_weights<S, T>(p, group, s, count, omega);
+            s.members.list(g, p.key_padding_mask, group.batch, group.first + i);
+            chunk_weights<S, T>(p, group, s, omega);
             zero(s.beta, ld);
-            for (int64_t j = 0; j < count; ++j) {
-                load_row<S, T>(p.value, group.batch, group.head, s.members[j], head_dim, s.row);
-                add_scaled(s.beta, static_cast<T>(s.weights[j]), s.row, head_dim);
-            }
-            S* value_out = static_cast<S*>(p.landmark_value) + (group.index + i) * head_dim;
-            for (int64_t d = 0; d < head_dim; ++d) convert(s.beta[d], value_out[d]);
+            for (int64_t j = 0; j < s.members.size; ++j)
+                add_scaled(s.beta, s.weights[j], row(p.value, j), head_dim);
+            store_elements(s.beta, head_dim,
+                           static_cast<S*>(p.landmark_value) + (group.index + i) * head_dim);
         }
     }
 }
@@ -211,23 +240,27 @@ inline void project_backward(const Projection& a, bool has_projection, int64_t c
         T* gx = grad_linear + i * ld;
         if (norm_weight) {
             const T* h = hat + i * ld;
-            T mean_g = 0, mean_gh = 0;
-            for (int64_t d = 0; d < head_dim; ++d) {
-                const T gh = gy[d] * norm_weight[d];
-                mean_g += gh;
-                mean_gh += gh * h[d];
-                grad_norm_weight[d] += gy[d] * h[d];
-                grad_norm_bias[d] += gy[d];
+            Vec<T> sum_g{}, sum_gh{};
+            for (int64_t d = 0; d < head_dim; d += kWidth<T>) {
+                const Vec<T> grad = load(gy + d), normal = load(h + d);
+                const Vec<T> gh = grad * load(norm_weight + d);
+                sum_g += gh;
+                sum_gh += gh * normal;
+                store(grad_norm_weight + d, load(grad_norm_weight + d) + grad * normal);
+                store(grad_norm_bias + d, load(grad_norm_bias + d) + grad);
             }
-            mean_g /= static_cast<T>(head_dim);
-            mean_gh /= static_cast<T>(head_dim);
-            for (int64_t d = 0; d < head_dim; ++d)
-                gx[d] = (gy[d] * norm_weight[d] - mean_g - h[d] * mean_gh) * rstd[i];
+            const Vec<T> mean_g = splat(sum<T>(sum_g) / static_cast<T>(head_dim));
+            const Vec<T> mean_gh = splat(sum<T>(sum_gh) / static_cast<T>(head_dim));
+            for (int64_t d = 0; d < head_dim; d += kWidth<T>) {
+                const Vec<T> gh = load(gy + d) * load(norm_weight + d);
+                const Vec<T> grad = (gh - mean_g - load(h + d) * mean_gh) * splat(rstd[i]);
+                store(gx + d, first_lanes<T>(grad, head_dim - d));
+            }
         } else {
-            for (int64_t d = 0; d < head_dim; ++d) gx[d] = gy[d];
+            for (int64_t d = 0; d < head_dim; d += kWidth<T>) store(gx + d, load(gy + d));
         }
         for (int64_t d = head_dim; d < ld; ++d) gx[d] = 0;
-        for (int64_t d = 0; d < head_dim; ++d) grad_bias[d] += gx[d];
+        add_scaled(grad_bias, T(1), gx, head_dim);
     }
     product<T>(count, head_dim, head_dim, grad_linear, ld, 1, static_cast<const T*>(a.weight), ld, grad_mean,
                ld, nullptr, 0);
@@ -235,14 +268,17 @@ inline void project_backward(const Projection& a, bool has_projection, int64_t c
 
 template <class S, class T>
 void chunk_summary_bwd(const SummaryParams& p, int64_t begin, int64_t end, char* scratch) {
-    const SummaryScratch<T> s(p.shape, scratch);
+    SummaryScratch<T> s(p.shape, scratch);
     const Geometry& g = p.shape.geometry;
-    const int64_t head_dim = p.shape.head_dim, ld = s.ld;
+    const int64_t head_dim = p.shape.head_dim, ld = s.ld, member_stride = 2 * chunk_size(g);
     const bool has_mu = !p.has_projection || p.has_query_projection;
     const auto rows_of = [&](void* rows, int64_t index) { return static_cast<T*>(rows) + index * ld; };
     for (int64_t task = begin; task < end; ++task) {
         const ChunkGroup group(p.shape, task);
         const int64_t bh = group.batch * p.shape.heads + group.head;
+        const auto row = [&](const Rows& rows, int64_t j) {
+            return view_row<S, T>(rows, group.batch, group.head, s.members.token[j], head_dim, s.row);
+        };
         const auto restore = [&](const void* saved, T* mean) {
             for (int64_t i = 0; i < group.count; ++i) {
                 const T* from = static_cast<const T*>(saved) + (group.index + i) * head_dim;
@@ -262,6 +298,7 @@ void chunk_summary_bwd(const SummaryParams& p, int64_t begin, int64_t end, char*
         zero(grad_key, group.count * ld);
         zero(grad_query, group.count * ld);
         for (int64_t i = 0; i < group.count; ++i) {
+            prefetch_chunk<S>({&p.key, &p.value}, p.shape, group, i + 2);
             T* grad_beta = rows_of(p.grad_beta, group.index + i);
             zero(grad_beta, ld);
             for (int64_t piece = 0; piece < p.pieces; ++piece) {
@@ -272,27 +309,26 @@ void chunk_summary_bwd(const SummaryParams& p, int64_t begin, int64_t end, char*
             }
             T* omega = rows_of(p.omega, group.index + i);
             make_omega(p, has_mu, group.index + i, s.landmark_key + i * ld, s.landmark_query + i * ld, omega);
-            double* stats = static_cast<double*>(p.chunk_stats) + (group.index + i) * 2;
-            stats[0] = stats[1] = 0;
-            const int64_t count =
-                chunk_members(g, p.key_padding_mask, group.batch, group.first + i, s.members);
-            s.divisor[i] = mean_divisor<T>(p, count);
-            if (count == 0) continue;
-            stats[0] = chunk_weights<S, T>(p, group, s, count, omega);
-            for (int64_t j = 0; j < count; ++j) {
-                load_row<S, T>(p.value, group.batch, group.head, s.members[j], head_dim, s.row);
-                s.grad_p[j] = exact_dot(grad_beta, s.row, head_dim);
-                stats[1] += s.weights[j] * s.grad_p[j];
+            s.members.list(g, p.key_padding_mask, group.batch, group.first + i);
+            s.divisor[i] = mean_divisor<T>(p, s.members.size);
+            chunk_weights<S, T>(p, group, s, omega);
+            double expectation = 0; // sum_j p_j (grad_beta . v_j)
+            for (int64_t j = 0; j < s.members.size; ++j) {
+                s.grad_p[j] = exact_dot(grad_beta, row(p.value, j), head_dim);
+                expectation += static_cast<double>(s.weights[j]) * s.grad_p[j];
             }
-            if (!has_mu) continue;
+            T* terms = static_cast<T*>(p.member_terms) + (group.index + i) * member_stride;
             T* grad_omega = s.beta;
             zero(grad_omega, ld);
-            for (int64_t j = 0; j < count; ++j) {
-                load_row<S, T>(p.key, group.batch, group.head, s.members[j], head_dim, s.row);
-                add_scaled(grad_omega, static_cast<T>(s.weights[j] * (s.grad_p[j] - stats[1])), s.row,
-                           head_dim);
+            for (int64_t j = 0; j < s.members.size; ++j) {
+                const T grad_product =
+                    static_cast<T>(p.scale * static_cast<double>(s.weights[j]) * (s.grad_p[j] - expectation));
+                terms[2 * s.members.place[j]] = s.weights[j];
+                terms[2 * s.members.place[j] + 1] = grad_product;
+                if (has_mu) add_scaled(grad_omega, grad_product, row(p.key, j), head_dim);
             }
-            const T factor = static_cast<T>(p.scale * p.mu_scale);
+            if (!has_mu) continue;
+            const T factor = static_cast<T>(p.mu_scale);
             add_scaled(grad_key + i * ld, factor, grad_omega, head_dim);
             add_scaled(grad_query + i * ld, factor, grad_omega, head_dim);
         }
@@ -318,68 +354,52 @@ void chunk_summary_bwd(const SummaryParams& p, int64_t begin, int64_t end, char*
     }
 }
 
-// Calls body(index among all B H C) for the chunks that a token is a member of.
-template <class Body>
-inline void for_chunks_of(const Geometry& g, int64_t bh, int64_t token, Body body) {
-    const int64_t position = token - g.num_prefix_tokens;
-    const Box chunks = g.chunks_of(position / g.grid_width, position % g.grid_width);
-    for (int64_t cy = chunks.y0; cy < chunks.y1; ++cy)
-        for (int64_t cx = chunks.x0; cx < chunks.x1; ++cx)
-            body(bh * g.num_chunks() + cy * g.chunk_columns() + cx);
-}
-
-// Adds to the gradients of one valid token what its chunks' gradients pass on: to those of its key and value,
-// given as rows, and of its query.
-template <class T>
-inline void add_key_value_terms(const Geometry& g, const ChunkTerms& terms, double scale, int64_t bh,
-                                int64_t token, int64_t head_dim, int64_t ld, const T* key, const T* value,
-                                T* grad_key, T* grad_value) {
-    for_chunks_of(g, bh, token, [&](int64_t chunk) {
-        const double* stats = static_cast<const double*>(terms.chunk_stats) + chunk * 2;
-        const T* omega = static_cast<const T*>(terms.omega) + chunk * ld;
-        const T* grad_beta = static_cast<const T*>(terms.grad_beta) + chunk * ld;
-        const double weight = __builtin_exp(chunk_logit(scale, omega, key, head_dim) - stats[0]);
-        const T grad_logit =
-            static_cast<T>(scale * weight * (exact_dot(grad_beta, value, head_dim) - stats[1]));
-        add_scaled(grad_value, static_cast<T>(weight), grad_beta, head_dim);
-        add_scaled(grad_key, grad_logit, omega, head_dim);
-        add_scaled(grad_key, -grad_logit, key, head_dim);
-        add_scaled(grad_key, T(1), static_cast<const T*>(terms.grad_key_mean) + chunk * ld, head_dim);
-    });
-}
-template <class T>
-inline void add_query_terms(const Geometry& g, const ChunkTerms& terms, int64_t bh, int64_t token,
-                            int64_t head_dim, int64_t ld, T* grad_query) {
-    for_chunks_of(g, bh, token, [&](int64_t chunk) {
-        add_scaled(grad_query, T(1), static_cast<const T*>(terms.grad_query_mean) + chunk * ld, head_dim);
-    });
-}
-
 template <class S, class T>
 inline size_t terms_scratch(const TermsParams& p) {
-    return static_cast<size_t>(5 * padded(p.shape.head_dim)) * sizeof(T);
+    return static_cast<size_t>(4 * padded(p.shape.head_dim)) * sizeof(T);
 }
 
-// The chunk terms alone, for every token of the (batch, head) pairs [begin, end).
+// Adds to the tokens' gradients what those of their chunks pass on.
 template <class S, class T>
 void chunk_terms(const TermsParams& p, int64_t begin, int64_t end, char* scratch) {
     const Geometry& g = p.shape.geometry;
-    const int64_t head_dim = p.shape.head_dim, ld = padded(head_dim);
-    T* const key = reinterpret_cast<T*>(scratch);
-    T *const value = key + ld, *const grad_query = value + ld, *const grad_key = grad_query + ld,
-             *const grad_value = grad_key + ld;
-    for (int64_t bh = begin; bh < end; ++bh) {
-        const int64_t batch = bh / p.shape.heads, head = bh % p.shape.heads;
-        for (int64_t token = 0; token < g.num_tokens(); ++token) {
-            zero(grad_query, 3 * ld);
-            if (token >= g.num_prefix_tokens &&
-                !is_padding(p.key_padding_mask, batch, g.num_tokens(), token)) {
-                load_row<S, T>(p.key, batch, head, token, head_dim, key);
-                load_row<S, T>(p.value, batch, head, token, head_dim, value);
-                add_query_terms(g, p.chunk_terms, bh, token, head_dim, ld, grad_query);
-                add_key_value_terms(g, p.chunk_terms, p.scale, bh, token, head_dim, ld, key, value, grad_key,
-                                    grad_value);
-            }
+    const int64_t head_dim = p.shape.head_dim, ld = padded(head_dim), size = chunk_size(g);
+    const int64_t positions = g.grid_height * g.grid_width;
+    const int64_t tasks = detail::ceil_div(positions, kTokensPerTask);
+    T* const key_row = reinterpret_cast<T*>(scratch);
+    T *const grad_query = key_row + ld, *const grad_key = grad_query + ld, *const grad_value = grad_key + ld;
+    for (int64_t task = begin; task < end; ++task) {
+        const int64_t bh = task / tasks, batch = bh / p.shape.heads, head = bh % p.shape.heads;
+        const int64_t first = task % tasks * kTokensPerTask;
+        for (int64_t i = first; i < detail::min(first + kTokensPerTask, positions); ++i) {
+            const int64_t y = i / g.grid_width, x = i % g.grid_width, token = g.token(y, x);
+            if (const int64_t ahead = x + 8; ahead < g.grid_width)
+                prefetch<S>({&p.key, &p.grad_query, &p.grad_key, &p.grad_value}, g, batch, head,
+                            Box{y, y + 1, ahead, ahead + 1}, head_dim);
+            if (is_padding(p.key_padding_mask, batch, g.num_tokens(), token)) continue;
+            const T* key = view_row<S, T>(p.key, batch, head, token, head_dim, key_row);
+            load_row<S, T>(p.grad_query, batch, head, token, head_dim, grad_query);
+            load_row<S, T>(p.grad_key, batch, head, token, head_dim, grad_key);
+            load_row<S, T>(p.grad_value, batch, head, token, head_dim, grad_value);
+            const Box chunks = g.chunks_of(y, x);
+            for (int64_t cy = chunks.y0; cy < chunks.y1; ++cy)
+                for (int64_t cx = chunks.x0; cx < chunks.x1; ++cx) {
+                    const int64_t chunk = cy * g.chunk_columns() + cx, index = bh * g.num_chunks() + chunk;
+                    const Box box = g.chunk_box(chunk);
+                    const int64_t place = (y - box.y0) * box.width() + x - box.x0;
+                    const T* terms = static_cast<const T*>(p.member_terms) + 2 * (index * size + place);
+                    const T* omega = static_cast<const T*>(p.omega) + index * ld;
+                    const T* grad_beta = static_cast<const T*>(p.grad_beta) + index * ld;
+                    const T* grad_key_mean = static_cast<const T*>(p.grad_key_mean) + index * ld;
+                    const T* grad_query_mean = static_cast<const T*>(p.grad_query_mean) + index * ld;
+                    const Vec<T> weight = splat(terms[0]), grad_product = splat(terms[1]);
+                    for (int64_t d = 0; d < head_dim; d += kWidth<T>) {
+                        store(grad_query + d, load(grad_query + d) + load(grad_query_mean + d));
+                        store(grad_key + d, load(grad_key + d) + load(grad_key_mean + d) +
+                                                grad_product * (load(omega + d) - load(key + d)));
+                        store(grad_value + d, load(grad_value + d) + weight * load(grad_beta + d));
+                    }
+                }
             store_row<S, T>(p.grad_query, batch, head, token, head_dim, grad_query);
             store_row<S, T>(p.grad_key, batch, head, token, head_dim, grad_key);
             store_row<S, T>(p.grad_value, batch, head, token, head_dim, grad_value);

@@ -1,5 +1,5 @@
 // What the CPU kernels are told. Strides are in elements; T is the accumulation type (double for double,
-// else float) and rows of T named "padded" are head_dim_padded(D) long, zeros behind D.
+// else float) and rows of T named "padded" are padded(D) long, zeros behind D.
 #pragma once
 
 #include <cstddef>
@@ -25,19 +25,15 @@ struct Shape {
 
 constexpr int64_t kLineElements = 16;
 
-// Rows start on different cache sets: an odd number of 16-element lines.
-constexpr int64_t padded(int64_t n) {
-    const int64_t lines = (n + kLineElements - 1) / kLineElements;
-    return (lines | 1) * kLineElements;
-}
+constexpr int64_t padded(int64_t n) { return (n + kLineElements - 1) / kLineElements * kLineElements; }
 
 // A = Linear(D, D), then LayerNorm(D). All null: the identity. norm_weight null: no LayerNorm.
 struct Projection {
     const void* weight;      // T [D out, padded D in]
     const void* weight_t;    // T [D in, padded D out]
-    const void* bias;        // T [D] or null
-    const void* norm_weight; // T [D] or null
-    const void* norm_bias;   // T [D] or null
+    const void* bias;        // T [padded D] or null
+    const void* norm_weight; // T [padded D] or null
+    const void* norm_bias;   // T [padded D] or null
 };
 
 struct SummaryParams {
@@ -64,33 +60,29 @@ struct SummaryParams {
     void* grad_beta;       // T [B H C, padded D]
     void* grad_key_mean;   // T [B H C, padded D], divided by the mean's divisor
     void* grad_query_mean; // T [B H C, padded D], likewise
-    void* chunk_stats;     // double [B H C, 2]: log-sum-exp of the chunk, sum_j p_j (grad_beta . v_j)
+    void* member_terms;    // T [B H C, tokens of a chunk, 2]: p_j and the gradient of omega.k_j
     // backward, out: for the projections' gradients
     void* grad_key_linear;   // T [B H C, padded D]: gradient of the Linear's output
     void* grad_query_linear; // T [B H C, padded D]
     void* grad_vectors;      // T [tasks, 6, padded D]: key bias, norm weight, norm bias; the query's
 };
 
+// Tokens of the largest chunk.
+inline int64_t chunk_size(const Geometry& g) {
+    return detail::min(g.chunk_height + 2 * g.chunk_overlap_y, g.grid_height) *
+           detail::min(g.chunk_width + 2 * g.chunk_overlap_x, g.grid_width);
+}
+
 // Chunks of one task of the summaries.
 constexpr int64_t kChunksPerTask = 32;
 
-// What the joint attention's backward adds for each token as a member of its chunks; omega null: nothing.
-struct ChunkTerms {
-    const void* omega;
-    const void* grad_beta;
-    const void* grad_key_mean;
-    const void* grad_query_mean;
-    const void* chunk_stats;
-};
-
 struct AttentionParams {
     Shape shape;
-    Rows query, key, value;     // in
-    int64_t num_landmarks;      // 0: window only
-    const void* landmark_key;   // S [B, H, C, D]
-    const void* landmark_value; // S [B, H, C, D]
-    const void* landmark_bias;  // T [B, C] or null
-    const int32_t* extents;     // [B or 1, C, 4]: box (y0, y1, x0, x1) of each chunk's valid members
+    Rows query, key, value;            // in
+    int64_t num_landmarks;             // 0: window only
+    Rows landmark_key, landmark_value; // in
+    const void* landmark_bias;         // T [B, C] or null
+    const int32_t* extents;            // [B or 1, C, 4]: box (y0, y1, x0, x1) of each chunk's valid members
     int64_t extents_batch_stride;
     const void* relative_bias; // T [H or 1, bias_height, bias_width] or null
     int64_t relative_bias_head_stride;
@@ -107,17 +99,22 @@ struct AttentionParams {
     void* grad_global_key;                 // T [B H, pieces, C + P, padded D], of landmarks and prefix keys
     void* grad_global_value;               // T [B H, pieces, C + P, padded D]
     void* grad_relative_bias;              // T [B H, pieces, bias_height * bias_width] or null
-    ChunkTerms chunk_terms;
 };
 
+// What each token's gradients get from its chunks', from the results of the summaries' backward.
 struct TermsParams {
     Shape shape;
-    Rows key, value;              // in
+    Rows key;                     // in
     const bool* key_padding_mask; // [B, N] or null
-    double scale;
-    ChunkTerms chunk_terms;
-    Rows grad_query, grad_key, grad_value; // out
+    const void* omega;
+    const void* grad_beta;
+    const void* grad_key_mean;
+    const void* grad_query_mean;
+    const void* member_terms;
+    Rows grad_query, grad_key, grad_value; // added to
 };
+
+constexpr int64_t kTokensPerTask = 256;
 
 // weight gradient[m, n] = sum_k linear[k, m] mean[k, n]
 struct WeightGradParams {
@@ -138,11 +135,10 @@ struct Kernels {
     void (*chunk_terms)(const TermsParams&, int64_t begin, int64_t end, char* scratch);
     size_t (*terms_scratch)(const TermsParams&);
     void (*weight_grad)(const WeightGradParams&, int64_t begin, int64_t end);
-    size_t (*attention_scratch)(const AttentionParams&);
+    size_t (*attention_scratch)(const AttentionParams&, bool backward);
     void (*window_attention_fwd)(const AttentionParams&, int64_t begin, int64_t end, char* scratch);
-    void (*window_attention_bwd_global)(const AttentionParams&, int64_t begin, int64_t end, char* scratch);
     void (*window_attention_bwd)(const AttentionParams&, int64_t begin, int64_t end, char* scratch);
-    size_t (*prefix_scratch)(const AttentionParams&);
+    size_t (*prefix_scratch)(const AttentionParams&, bool backward);
     void (*prefix_attention_fwd)(const AttentionParams&, int64_t begin, int64_t end, char* scratch);
     void (*prefix_attention_bwd)(const AttentionParams&, int64_t begin, int64_t end, char* scratch);
 };

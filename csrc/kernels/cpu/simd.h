@@ -34,15 +34,56 @@ inline Vec<T> splat(T x) {
     return x - Vec<T>{};
 }
 template <class T>
-inline T sum(Vec<T> v) {
-    T total = 0;
-    for (int64_t i = 0; i < kWidth<T>; ++i) total += v[i];
-    return total;
-}
-
-template <class T>
 constexpr T infinity() {
     return static_cast<T>(__builtin_inf());
+}
+
+// n rounded up to whole vectors.
+template <class T>
+constexpr int64_t whole_vectors(int64_t n) {
+    return (n + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
+}
+// Rows of a scratch start on different cache sets: an odd number of 16-element lines.
+constexpr int64_t scratch_row(int64_t n) { return padded(n) | kLineElements; }
+
+template <class T>
+using Lanes = std::make_integer_sequence<int, static_cast<int>(kWidth<T>)>;
+
+// Combines all lanes, halving their number at each step.
+template <class T, int Half = kWidth<T> / 2, class Combine, int... I>
+inline T reduce(Vec<T> v, Combine combine, std::integer_sequence<int, I...> lanes) {
+    v = combine(v, static_cast<Vec<T>>(__builtin_shufflevector(v, v, (I ^ Half)...)));
+    if constexpr (Half == 1)
+        return v[0];
+    else
+        return reduce<T, Half / 2>(v, combine, lanes);
+}
+template <class T>
+inline Vec<T> larger(Vec<T> a, Vec<T> b) {
+    return a > b ? a : b;
+}
+template <class T>
+inline Vec<T> plus(Vec<T> a, Vec<T> b) {
+    return a + b;
+}
+template <class T>
+inline T sum(Vec<T> v) {
+    return reduce<T>(v, plus<T>, Lanes<T>{});
+}
+template <class T>
+inline T maximum(Vec<T> v) {
+    return reduce<T>(v, larger<T>, Lanes<T>{});
+}
+
+// The first `count` lanes of x, 0 in the others.
+template <class T>
+inline Vec<T> first_lanes(Vec<T> x, int64_t count) {
+    using Integer = typename VectorOf<T>::integer;
+    using Lane = std::remove_reference_t<decltype(Integer{}[0])>;
+    Integer lane;
+    for (int64_t i = 0; i < kWidth<T>; ++i) lane[i] = static_cast<Lane>(i);
+    const Integer kept = lane < static_cast<Lane>(count) - Integer{};
+    return reinterpret_cast<Vec<T>>(reinterpret_cast<Integer>(x) & kept);
 }
 
 struct BFloat16 {
@@ -114,6 +155,9 @@ inline Vec<double> exp(Vec<double> x) {
     for (int64_t i = 0; i < kWidth<double>; ++i) result[i] = __builtin_exp(x[i]);
     return result;
 }
+
+inline float log(float x) { return __builtin_logf(x); }
+inline double log(double x) { return __builtin_log(x); }
 
 constexpr int kTileRows = 6;
 
@@ -214,16 +258,32 @@ inline void product(int64_t rows, int64_t columns, int64_t depth, const T* a, in
     }
 }
 
-// Columns [0, n) of `out` from rows [0, n) of `rows`: out[d, j] = rows[j, d].
+// Lanes Start and up of a and b in turn.
+template <class T, int Start, int... I>
+inline Vec<T> interleave(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (Start + I / 2 + I % 2 * static_cast<int>(kWidth<T>))...);
+}
+// out[d, j] = rows[j][d] for kWidth rows and `depth` columns, rounded up to whole vectors.
 template <class T>
-inline void transpose(const T* rows, int64_t ld, int64_t n, int64_t depth, T* out, int64_t ld_out) {
-    int64_t j = 0;
-    for (; j + 8 <= n; j += 8)
-        for (int64_t d = 0; d < depth; ++d)
+inline void transpose(const T* const* rows, int64_t depth, T* out, int64_t ld) {
+    constexpr int kRows = static_cast<int>(kWidth<T>);
+    for (int64_t d = 0; d < depth; d += kRows) {
+        Vec<T> from[kRows], to[kRows];
+#pragma GCC unroll 16
+        for (int j = 0; j < kRows; ++j) to[j] = load(rows[j] + d);
+#pragma GCC unroll 4
+        for (int round = 1; round < kRows; round *= 2) {
+#pragma GCC unroll 16
+            for (int j = 0; j < kRows; ++j) from[j] = to[j];
 #pragma GCC unroll 8
-            for (int64_t i = 0; i < 8; ++i) out[d * ld_out + j + i] = rows[(j + i) * ld + d];
-    for (; j < n; ++j)
-        for (int64_t d = 0; d < depth; ++d) out[d * ld_out + j] = rows[j * ld + d];
+            for (int j = 0; j < kRows / 2; ++j) {
+                to[2 * j] = interleave<T, 0>(from[j], from[j + kRows / 2], Lanes<T>{});
+                to[2 * j + 1] = interleave<T, kRows / 2>(from[j], from[j + kRows / 2], Lanes<T>{});
+            }
+        }
+#pragma GCC unroll 16
+        for (int j = 0; j < kRows; ++j) store(out + (d + j) * ld, to[j]);
+    }
 }
 
 // Takes arrays of T out of a scratch; with a null scratch it only counts.
@@ -254,31 +314,58 @@ inline S* row_of(const Rows& rows, int64_t batch, int64_t head, int64_t token) {
            token * rows.token_stride;
 }
 
-// A row in T, zeros behind head_dim up to a whole vector; `buffer` is padded.
+// Has the rows of a box of tokens brought into cache: they lie on pages of their own, where no hardware
+// prefetcher follows.
+template <class S>
+inline void prefetch(std::initializer_list<const Rows*> tensors, const Geometry& g, int64_t batch,
+                     int64_t head, const Box& box, int64_t head_dim) {
+    constexpr int64_t kLine = 64 / sizeof(S);
+    for (int64_t y = box.y0; y < box.y1; ++y)
+        for (int64_t x = box.x0; x < box.x1; ++x)
+            for (const Rows* rows : tensors) {
+                const S* p = row_of<S>(*rows, batch, head, g.token(y, x));
+                for (int64_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(p + d, 0, 2);
+            }
+}
+
+// A row in T times `factor`, zeros behind head_dim up to a whole vector.
 template <class S, class T>
 inline void load_row(const Rows& rows, int64_t batch, int64_t head, int64_t token, int64_t head_dim,
-                     T* buffer, T factor = 1) {
-    const S* p = row_of<S>(rows, batch, head, token);
-    if (rows.dim_stride == 1) {
-        for (int64_t d = 0; d < head_dim; ++d) {
-            T x;
-            convert(p[d], x);
-            buffer[d] = x * factor;
-        }
-    } else {
-        for (int64_t d = 0; d < head_dim; ++d) {
-            T x;
-            convert(p[d * rows.dim_stride], x);
-            buffer[d] = x * factor;
-        }
-    }
+                     T* __restrict buffer, T factor = 1) {
+    const S* __restrict p = row_of<S>(rows, batch, head, token);
+    const int64_t stride = rows.dim_stride;
+    const auto element = [&](int64_t d, int64_t at) {
+        T x;
+        convert(p[at], x);
+        buffer[d] = x * factor;
+    };
+    if (stride == 1)
+        for (int64_t d = 0; d < head_dim; ++d) element(d, d);
+    else
+        for (int64_t d = 0; d < head_dim; ++d) element(d, d * stride);
     for (int64_t d = head_dim; d % kWidth<T> != 0; ++d) buffer[d] = 0;
+}
+// The same row where it lies, if it can be read there as whole vectors of T; else loaded into `buffer`.
+template <class S, class T>
+inline const T* view_row(const Rows& rows, int64_t batch, int64_t head, int64_t token, int64_t head_dim,
+                         T* buffer) {
+    if constexpr (std::is_same_v<S, T>)
+        if (rows.dim_stride == 1 && head_dim % kWidth<T> == 0) return row_of<T>(rows, batch, head, token);
+    load_row<S, T>(rows, batch, head, token, head_dim, buffer);
+    return buffer;
+}
+template <class S, class T>
+inline void store_elements(const T* __restrict buffer, int64_t n, S* __restrict p, T factor = 1) {
+    for (int64_t d = 0; d < n; ++d) convert(buffer[d] * factor, p[d]);
 }
 template <class S, class T>
 inline void store_row(const Rows& rows, int64_t batch, int64_t head, int64_t token, int64_t head_dim,
                       const T* buffer, T factor = 1) {
     S* p = row_of<S>(rows, batch, head, token);
-    for (int64_t d = 0; d < head_dim; ++d) convert(buffer[d] * factor, p[d * rows.dim_stride]);
+    if (rows.dim_stride == 1)
+        store_elements(buffer, head_dim, p, factor);
+    else
+        for (int64_t d = 0; d < head_dim; ++d) convert(buffer[d] * factor, p[d * rows.dim_stride]);
 }
 template <class S>
 inline void zero_row(const Rows& rows, int64_t batch, int64_t head, int64_t token, int64_t head_dim) {
@@ -292,17 +379,19 @@ inline T dot(const T* a, const T* b, int64_t n) {
     for (int64_t d = 0; d < n; d += kWidth<T>) total += load(a + d) * load(b + d);
     return sum<T>(total);
 }
-// The same, accumulated in double: logits of chunks grow with the square of the norms, and their differences
-// count.
+// As many elements as a vector of doubles has.
+template <class T, int... I>
+inline Vec<double> load_double(const T* p, std::integer_sequence<int, I...> = {}) {
+    if constexpr (sizeof...(I) == 0)
+        return load_double(p, Lanes<double>{});
+    else
+        return Vec<double>{static_cast<double>(p[I])...};
+}
 template <class T>
 inline double exact_dot(const T* a, const T* b, int64_t n) {
-    double parts[kWidth<T>] = {};
-    for (int64_t d = 0; d < n; d += kWidth<T>)
-        for (int64_t i = 0; i < kWidth<T>; ++i)
-            parts[i] += static_cast<double>(a[d + i]) * static_cast<double>(b[d + i]);
-    double total = 0;
-    for (double part : parts) total += part;
-    return total;
+    Vec<double> total{};
+    for (int64_t d = 0; d < n; d += kWidth<double>) total += load_double(a + d) * load_double(b + d);
+    return sum<double>(total);
 }
 // y += a x
 template <class T>

@@ -20,7 +20,6 @@ constexpr Kernels make_table() {
         .weight_grad = weight_grad<T>,
         .attention_scratch = attention_scratch<S, T>,
         .window_attention_fwd = window_attention_fwd<S, T>,
-        .window_attention_bwd_global = window_attention_bwd_global<S, T>,
         .window_attention_bwd = window_attention_bwd<S, T>,
         .prefix_scratch = prefix_scratch<S, T>,
         .prefix_attention_fwd = prefix_attention_fwd<S, T>,
