@@ -8,8 +8,9 @@ namespace {
 void unavailable(const c10::OperatorHandle& op, torch::jit::Stack*) {
     TORCH_CHECK_NOT_IMPLEMENTED(
         false, op.operator_name(),
-        ": this version of eva_attn has no CUDA kernels; move the tensors to the CPU, or use "
-        "the same function of eva_attn.reference, which is plain PyTorch and runs on any device");
+        ": this build of eva_attn has no CUDA kernels (eva_attn.build_info()[\"cpu_only_reason\"] says why); "
+        "move the tensors to the CPU, or use the same function of eva_attn.reference, which is plain PyTorch "
+        "and runs on any device");
 }
 
 } // namespace

@@ -11,6 +11,8 @@ namespace eva_attn::cuda {
 
 enum class DType { kFloat, kDouble, kBFloat16, kHalf };
 
+constexpr int kMaxHeadDim = 256;
+
 // A [B, H, N, D] tensor.
 struct Rows {
     void* data;
@@ -42,29 +44,42 @@ struct SummaryParams {
     double scale, mu_scale, norm_eps;
     int64_t mean_divisor; // 0: the number of valid tokens
     // forward: out; backward: in
-    void* landmark_key;   // S [B, H, C, D]
-    void* landmark_value; // S [B, H, C, D]
-    void* key_mean;       // T [B, H, C, D]
-    void* query_mean;     // T [B, H, C, D], unused where mu = 0
+    void* landmark_key = nullptr;   // S [B, H, C, D]
+    void* landmark_value = nullptr; // S [B, H, C, D]
+    void* key_mean = nullptr;       // T [B, H, C, D]
+    void* query_mean = nullptr;     // T [B, H, C, D], unused where mu = 0
     // backward, in: landmark gradients as `pieces` summands, added in order
-    const void* grad_landmark_key;   // T [B H, pieces, global columns, D], landmarks first
-    const void* grad_landmark_value; // T [B H, pieces, global columns, D]
-    int64_t pieces, global_columns;
+    const void* grad_landmark_key = nullptr;   // T [B H, pieces, global columns, D], landmarks first
+    const void* grad_landmark_value = nullptr; // T [B H, pieces, global columns, D]
+    int64_t pieces = 0, global_columns = 0;
     // backward, out: what each member token needs of its chunk
-    void* omega;           // T [B H C, D]
-    void* grad_beta;       // T [B H C, D]
-    void* grad_key_mean;   // T [B H C, D], divided by the mean's divisor
-    void* grad_query_mean; // T [B H C, D], likewise
-    void* chunk_stats;     // T [B H C, 2]: log-sum-exp of the chunk, sum_j p_j (grad_beta . v_j)
-    void* token_weight;    // T [B, H, N]: p_j; only where each token is in one chunk (no chunk overlap)
-    void* token_grad;      // T [B, H, N]: scale * p_j * (grad_beta . v_j - sum), the gradient of the logit
-    // backward, out: for the projections' gradients
-    void* grad_key_linear;   // T [B H C, D]: gradient of the Linear's output
-    void* grad_query_linear; // T [B H C, D]
-    void* key_hat;           // T [B H C, D]: LayerNorm's normalised input; null without LayerNorm
-    void* query_hat;         // T [B H C, D]
-    void* grad_key_out;      // T [B H C, D]: gradient of A's output
-    void* grad_query_out;    // T [B H C, D]
+    void* omega = nullptr;           // T [B H C, D]
+    void* grad_beta = nullptr;       // T [B H C, D]
+    void* grad_key_mean = nullptr;   // T [B H C, D], divided by the mean's divisor
+    void* grad_query_mean = nullptr; // T [B H C, D], likewise
+    // [B H C, 2], double for float: log-sum-exp of the chunk's logits, sum_j p_j (grad_beta . v_j)
+    void* chunk_stats = nullptr;
+    // ... and where there is no chunk overlap, so that each token is in one chunk, else null:
+    void* token_weight = nullptr; // T [B, H, N]: p_j
+    void* token_grad = nullptr;   // T [B, H, N]: scale * p_j * (grad_beta . v_j - sum), the logit's gradient
+    // backward, out: summands of the projections' gradients, the key's and the query's. Row by row the
+    // Linear's weight and bias, the LayerNorm's weight and bias. Unused without a projection.
+    void* grad_projections = nullptr; // T [projection_pieces, 2, D + 3, D]
+    int64_t projection_pieces = 0;
+    // backward, scratch of simt, for the key's and the query's projection: gradient of the Linear's output,
+    // the LayerNorm's normalised input, gradient of A's output
+    void* projection_rows = nullptr; // T [2, 3, B H C, D]
+};
+
+// The gradients of the projections' parameters from their summands.
+struct ProjectionGradients {
+    struct Parameter {
+        void* data; // null: not wanted
+        DType dtype;
+    };
+    const void* terms; // T [pieces, 2, D + 3, D]
+    int64_t pieces, head_dim;
+    Parameter weight[2], bias[2], norm_weight[2], norm_bias[2]; // of the key's and the query's projection
 };
 
 // What the joint attention's backward adds for each token as a member of its chunks; omega null: nothing.
@@ -76,6 +91,15 @@ struct ChunkTerms {
     const void* chunk_stats;
     const void* token_weight;
     const void* token_grad;
+};
+
+struct TermsParams {
+    Shape shape;
+    Rows key, value;              // in
+    const bool* key_padding_mask; // [B, N] or null
+    double scale;
+    ChunkTerms chunk_terms;
+    Rows grad_query, grad_key, grad_value; // out
 };
 
 struct AttentionParams {
@@ -98,15 +122,15 @@ struct AttentionParams {
     Rows output;     // forward: out; backward: in
     void* logsumexp; // T [B, H, N], natural logarithm, +inf for an empty row; forward: out; backward: in
     // backward
-    Rows grad_output;                      // in
-    Rows grad_query, grad_key, grad_value; // out
-    void* delta;              // T [B, H, N]: grad_output . output; out of the first kernel, in of the rest
-    int64_t pieces;           // summands of the gradients of the global columns
-    void* grad_global_key;    // T [B H, pieces, C + P, D], of landmarks and prefix keys
-    void* grad_global_value;  // T [B H, pieces, C + P, D]
-    int64_t bias_pieces;      // summands of the bias gradient for each (batch, head)
-    void* grad_relative_bias; // T [B H, bias_pieces, bias_height * bias_width] or null
-    ChunkTerms chunk_terms;
+    Rows grad_output{};                          // in
+    Rows grad_query{}, grad_key{}, grad_value{}; // out
+    void* delta = nullptr; // T [B, H, N]: grad_output . output; out of the first kernel, in of the rest
+    int64_t pieces = 0;    // summands of the gradients of the global columns
+    void* grad_global_key = nullptr;    // T [B H, pieces, C + P, D], of landmarks and prefix keys
+    void* grad_global_value = nullptr;  // T [B H, pieces, C + P, D]
+    int64_t bias_pieces = 0;            // summands of the bias gradient for each (batch, head)
+    void* grad_relative_bias = nullptr; // T [B H, bias_pieces, bias_height * bias_width] or null
+    ChunkTerms chunk_terms{};
 };
 
 } // namespace eva_attn::cuda

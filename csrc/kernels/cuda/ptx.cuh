@@ -11,18 +11,41 @@ __device__ inline uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// 16 bytes from global to shared memory; zeros where `valid` is false, and nothing is read then.
-__device__ inline void copy_async(void* shared, const void* global, bool valid = true) {
-    const int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global),
-                 "r"(bytes)
+// 16 bytes from global to shared memory; zeros where `index` is negative, and nothing is read then.
+__device__ inline void copy_async_at(int index, void* shared, const void* global) {
+    asm volatile("{\n"
+                 ".reg .pred ignored;\n"
+                 "setp.lt.s32 ignored, %2, 0;\n"
+                 "cp.async.cg.shared.global [%0], [%1], 16, ignored;\n"
+                 "}\n" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(index)
                  : "memory");
+}
+__device__ inline void copy_async(void* shared, const void* global, bool valid = true) {
+    copy_async_at(valid ? 0 : -1, shared, global);
 }
 __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 // Waits until at most `kPending` of the latest groups are under way.
 template <int kPending>
 __device__ inline void copy_wait() {
     asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+// 16 bytes that are read once; zeros where `valid` is false, and nothing is read then.
+__device__ inline uint4 load_streaming(const void* global, bool valid) {
+    uint4 x;
+    asm volatile("{\n"
+                 ".reg .pred valid;\n"
+                 "setp.ne.s32 valid, %5, 0;\n"
+                 "mov.b32 %0, 0;\n"
+                 "mov.b32 %1, 0;\n"
+                 "mov.b32 %2, 0;\n"
+                 "mov.b32 %3, 0;\n"
+                 "@valid ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+                 "}\n"
+                 : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
+                 : "l"(global), "r"(static_cast<int>(valid)));
+    return x;
 }
 
 // Four 8 x 8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
@@ -61,6 +84,21 @@ __device__ inline void multiply_add<__half>(float (&c)[4], const uint32_t (&a)[4
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+__device__ inline float round_to_tf32(float x) {
+    uint32_t y;
+    asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(y) : "f"(x));
+    return __uint_as_float(y);
+}
+// C [16, 8] += A [16, 8] B [8, 8] of numbers rounded to tf32. A lane holds A rows group and group + 8 (a[0],
+// a[1]: column lane % 4; a[2], a[3]: 4 further), B rows lane % 4 (b0) and 4 further (b1) of column group, C
+// as the 16-bit product does.
+__device__ inline void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Two floats as a pair of S, the first in the lower half.
 template <class S>
 __device__ inline uint32_t pack(float low, float high);
@@ -88,6 +126,17 @@ __device__ inline float2 unpack<__half>(uint32_t pair) {
 __device__ inline float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ inline float log2_approx(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ inline float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
     return y;
 }
 

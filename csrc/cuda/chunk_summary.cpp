@@ -1,0 +1,183 @@
+#include "cuda/chunk_summary.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include "ops/chunk_summary.h"
+
+namespace eva_attn::cuda {
+
+Summary::Summary(const Call& call, const Geometry& geometry, const Tensor& key_mean, const Tensor& query_mean)
+    : dtype_(kernel_dtype(call.query.scalar_type())),
+      key_projection_(projection_tensors(call.summary.key, key_mean.scalar_type())),
+      query_projection_(projection_tensors(call.summary.query, key_mean.scalar_type())),
+      mask_(contiguous(call.key_padding_mask, at::kBool)),
+      noise_(contiguous(call.summary.noise, key_mean.scalar_type())), key_mean_(key_mean.contiguous()),
+      query_mean_(query_mean.contiguous()),
+      params_{
+          .shape = shape_of(call, geometry),
+          .query = rows(call.query),
+          .key = rows(call.key),
+          .value = rows(call.value),
+          .key_padding_mask = mask_data(mask_),
+          .noise = data(noise_),
+          .key_projection = projection(key_projection_),
+          .query_projection = projection(query_projection_),
+          .has_projection = call.summary.key.weight.has_value(),
+          .has_query_projection = call.summary.query.weight.has_value(),
+          .scale = scale_of(call),
+          .mu_scale = geometry.is_causal ? 1 : 0.5,
+          .norm_eps = call.summary.norm_eps,
+          .mean_divisor = call.summary.mean_divisor.guard_int(__FILE__, __LINE__),
+          .key_mean = data(key_mean_),
+          .query_mean = data(query_mean_),
+      } {}
+
+Summary::ProjectionTensors Summary::projection_tensors(const ProjectionWeights& weights,
+                                                       at::ScalarType accumulation) {
+    if (!weights.weight) return {};
+    at::ScalarType dtype = weights.weight->scalar_type();
+    for (const OptionalTensor* other : {&weights.bias, &weights.norm_weight, &weights.norm_bias})
+        if (*other && (*other)->scalar_type() != dtype) dtype = accumulation;
+    return {.weight = contiguous(weights.weight, dtype),
+            .bias = contiguous(weights.bias, dtype),
+            .norm_weight = contiguous(weights.norm_weight, dtype),
+            .norm_bias = contiguous(weights.norm_bias, dtype)};
+}
+
+Projection Summary::projection(const ProjectionTensors& tensors) {
+    if (!tensors.weight.defined()) return {};
+    return {.dtype = kernel_dtype(tensors.weight.scalar_type()),
+            .weight = data(tensors.weight),
+            .bias = data(tensors.bias),
+            .norm_weight = data(tensors.norm_weight),
+            .norm_bias = data(tensors.norm_bias)};
+}
+
+void Summary::forward(const Tensor& landmark_key, const Tensor& landmark_value, cudaStream_t stream) {
+    params_.landmark_key = data(landmark_key);
+    params_.landmark_value = data(landmark_value);
+    forward_for(dtype_, params_)(dtype_, params_, stream);
+}
+
+void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landmark_value,
+                       const Tensors<8>& grad_weights, cudaStream_t stream) {
+    const Shape& shape = params_.shape;
+    const Geometry& geometry = shape.geometry;
+    const auto options = key_mean_.options();
+    const auto empty = [&](at::IntArrayRef sizes) { return at::empty(sizes, options); };
+    const int64_t heads = shape.batch * shape.heads, num_chunks = geometry.num_chunks();
+    const int64_t per_chunk[] = {heads, num_chunks, shape.head_dim};
+    omega_ = empty(per_chunk);
+    grad_beta_ = empty(per_chunk);
+    grad_key_mean_ = empty(per_chunk);
+    grad_query_mean_ = empty(per_chunk);
+    const bool half = dtype_ == DType::kBFloat16 || dtype_ == DType::kHalf;
+    chunk_stats_ = at::empty({heads, num_chunks, 2}, options.dtype(half ? at::kFloat : at::kDouble));
+    if (geometry.chunk_overlap_y == 0 && geometry.chunk_overlap_x == 0) {
+        token_weight_ = empty({heads, geometry.num_tokens()});
+        token_grad_ = empty({heads, geometry.num_tokens()});
+    }
+    const SummaryBackward backward = backward_for(dtype_, params_);
+    Tensor grad_projections, projection_rows;
+    if (params_.has_projection) {
+        params_.projection_pieces = backward.projection_pieces(dtype_, params_);
+        grad_projections = empty({params_.projection_pieces, 2, shape.head_dim + 3, shape.head_dim});
+        if (backward.needs_projection_rows)
+            projection_rows = empty({2, 3, heads, num_chunks, shape.head_dim});
+    }
+
+    params_.grad_landmark_key = data(grad_landmark_key);
+    params_.grad_landmark_value = data(grad_landmark_value);
+    params_.pieces = grad_landmark_key.size(1);
+    params_.global_columns = grad_landmark_key.size(2);
+    params_.omega = data(omega_);
+    params_.grad_beta = data(grad_beta_);
+    params_.grad_key_mean = data(grad_key_mean_);
+    params_.grad_query_mean = data(grad_query_mean_);
+    params_.chunk_stats = data(chunk_stats_);
+    params_.token_weight = data(token_weight_);
+    params_.token_grad = data(token_grad_);
+    params_.grad_projections = data(grad_projections);
+    params_.projection_rows = data(projection_rows);
+    backward.run(dtype_, params_, stream);
+
+    if (!params_.has_projection) return;
+    const auto parameter = [](const Tensor& gradient) {
+        return ProjectionGradients::Parameter{gradient.numel() ? gradient.data_ptr() : nullptr,
+                                              kernel_dtype(gradient.scalar_type())};
+    };
+    const auto& [key_weight, key_bias, key_norm_weight, key_norm_bias, query_weight, query_bias,
+                 query_norm_weight, query_norm_bias] = grad_weights;
+    sum_projection_gradients(kernel_dtype(key_mean_.scalar_type()),
+                             ProjectionGradients{
+                                 .terms = data(grad_projections),
+                                 .pieces = params_.projection_pieces,
+                                 .head_dim = shape.head_dim,
+                                 .weight = {parameter(key_weight), parameter(query_weight)},
+                                 .bias = {parameter(key_bias), parameter(query_bias)},
+                                 .norm_weight = {parameter(key_norm_weight), parameter(query_norm_weight)},
+                                 .norm_bias = {parameter(key_norm_bias), parameter(query_norm_bias)},
+                             },
+                             stream);
+}
+
+ChunkTerms Summary::chunk_terms() const {
+    return {.omega = params_.omega,
+            .grad_beta = params_.grad_beta,
+            .grad_key_mean = params_.grad_key_mean,
+            .grad_query_mean = params_.grad_query_mean,
+            .chunk_stats = params_.chunk_stats,
+            .token_weight = params_.token_weight,
+            .token_grad = params_.token_grad};
+}
+
+namespace {
+
+void forward(const Call& call, const Tensors<4>& outputs) {
+    const auto& [landmark_key, landmark_value, key_mean, query_mean] = outputs;
+    run(ChunkSummary::kName, call, [&](cudaStream_t stream) {
+        Summary(call, concrete(call.geometry), key_mean, query_mean)
+            .forward(landmark_key, landmark_value, stream);
+    });
+}
+
+void backward(const Call& call, const OptionalTensor& grad_landmark_key,
+              const OptionalTensor& grad_landmark_value, const Tensors<4>& outputs,
+              const Tensors<11>& gradients) {
+    const auto& [landmark_key, landmark_value, key_mean, query_mean] = outputs;
+    const auto& [grad_query, grad_key, grad_value, w0, w1, w2, w3, w4, w5, w6, w7] = gradients;
+    run(ChunkSummary::kBackwardName, call, [&](cudaStream_t stream) {
+        Summary summary(call, concrete(call.geometry), key_mean, query_mean);
+        const SummaryParams& params = summary.params();
+        const Shape& shape = params.shape;
+        const auto incoming = [&](const OptionalTensor& gradient) {
+            const int64_t sizes[] = {shape.batch * shape.heads, 1, shape.geometry.num_chunks(),
+                                     shape.head_dim};
+            return gradient ? contiguous(gradient, key_mean.scalar_type()).view(sizes)
+                            : at::zeros(sizes, key_mean.options());
+        };
+        const Tensor landmark_key_terms = incoming(grad_landmark_key);
+        const Tensor landmark_value_terms = incoming(grad_landmark_value);
+        summary.backward(landmark_key_terms, landmark_value_terms, {w0, w1, w2, w3, w4, w5, w6, w7}, stream);
+        simt::chunk_terms(kernel_dtype(call.query.scalar_type()),
+                          TermsParams{
+                              .shape = shape,
+                              .key = params.key,
+                              .value = params.value,
+                              .key_padding_mask = params.key_padding_mask,
+                              .scale = params.scale,
+                              .chunk_terms = summary.chunk_terms(),
+                              .grad_query = rows(grad_query),
+                              .grad_key = rows(grad_key),
+                              .grad_value = rows(grad_value),
+                          },
+                          stream);
+    });
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(eva_attn, CUDA, m) { ChunkSummaryBackend<forward, backward>::implement(m); }
+
+} // namespace eva_attn::cuda

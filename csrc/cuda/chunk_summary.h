@@ -1,0 +1,36 @@
+#pragma once
+
+#include "cuda/support.h"
+
+namespace eva_attn::cuda {
+
+// A summary's params and the tensors that they point into.
+class Summary {
+  public:
+    Summary(const Call& call, const Geometry& geometry, const Tensor& key_mean, const Tensor& query_mean);
+
+    void forward(const Tensor& landmark_key, const Tensor& landmark_value, cudaStream_t stream);
+    // Landmark gradients [B H, pieces, at least C, D]; writes the gradients of the weights.
+    void backward(const Tensor& grad_landmark_key, const Tensor& grad_landmark_value,
+                  const Tensors<8>& grad_weights, cudaStream_t stream);
+
+    // After backward: what the tokens' gradients need.
+    ChunkTerms chunk_terms() const;
+    const SummaryParams& params() const { return params_; }
+
+  private:
+    struct ProjectionTensors {
+        Tensor weight, bias, norm_weight, norm_bias; // of one dtype
+    };
+    static ProjectionTensors projection_tensors(const ProjectionWeights& weights,
+                                                at::ScalarType accumulation);
+    static Projection projection(const ProjectionTensors& tensors);
+
+    DType dtype_;
+    ProjectionTensors key_projection_, query_projection_;
+    Tensor mask_, noise_, key_mean_, query_mean_;
+    Tensor omega_, grad_beta_, grad_key_mean_, grad_query_mean_, chunk_stats_, token_weight_, token_grad_;
+    SummaryParams params_;
+};
+
+} // namespace eva_attn::cuda

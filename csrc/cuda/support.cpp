@@ -1,0 +1,101 @@
+#include "cuda/support.h"
+
+#include <ATen/ops/sum.h>
+#include <c10/util/Exception.h>
+#include <cmath>
+#include <limits>
+
+namespace eva_attn::cuda {
+namespace {
+
+// The tensor-core kernels leave the queries of the prefix out.
+void tensor_core_attention_fwd(DType dtype, const AttentionParams& params, cudaStream_t stream) {
+    mma::window_attention_fwd(dtype, params, stream);
+    simt::prefix_attention_fwd(dtype, params, stream);
+}
+
+// `reason` is why tensor cores do not take a problem; said once, where that costs several times the time.
+bool on_tensor_cores(DType dtype, const char* reason) {
+    if (reason && dtype != DType::kFloat && dtype != DType::kDouble) {
+        TORCH_WARN_ONCE("eva_attn runs without tensor cores, and so several times slower: ", reason);
+    }
+    return !reason;
+}
+
+} // namespace
+
+DType kernel_dtype(at::ScalarType dtype) {
+    switch (dtype) {
+    case at::kFloat:
+        return DType::kFloat;
+    case at::kDouble:
+        return DType::kDouble;
+    case at::kBFloat16:
+        return DType::kBFloat16;
+    case at::kHalf:
+        return DType::kHalf;
+    default:
+        TORCH_CHECK_TYPE(false, "dtype must be Float, Double, BFloat16 or Half, got ", dtype);
+    }
+}
+
+SummaryForward forward_for(DType dtype, const SummaryParams& params) {
+    return on_tensor_cores(dtype, mma::supports(dtype, params)) ? mma::chunk_summary_fwd
+                                                                : simt::chunk_summary_fwd;
+}
+AttentionForward forward_for(DType dtype, const AttentionParams& params) {
+    return on_tensor_cores(dtype, mma::supports(dtype, params)) ? tensor_core_attention_fwd
+                                                                : simt::window_attention_fwd;
+}
+
+SummaryBackward backward_for(DType dtype, const SummaryParams& params) {
+    if (on_tensor_cores(dtype, mma::supports_bwd(dtype, params)))
+        return {.run = mma::chunk_summary_bwd,
+                .projection_pieces = mma::projection_pieces,
+                .needs_projection_rows = false};
+    return {.run = simt::chunk_summary_bwd,
+            .projection_pieces = simt::projection_pieces,
+            .needs_projection_rows = true};
+}
+AttentionBackward backward_for(DType dtype, const AttentionParams& params) {
+    if (on_tensor_cores(dtype, mma::supports_bwd(dtype, params)))
+        return {.run_global = mma::window_attention_bwd_global,
+                .run = mma::window_attention_bwd,
+                .global_pieces = mma::global_pieces,
+                .bias_pieces = mma::bias_pieces};
+    return {.run_global = simt::window_attention_bwd_global,
+            .run = simt::window_attention_bwd,
+            .global_pieces = simt::global_pieces,
+            .bias_pieces = simt::bias_pieces};
+}
+
+Shape shape_of(const Call& call, const Geometry& geometry) {
+    const Tensor& query = call.query;
+    TORCH_CHECK_VALUE(query.size(3) <= kMaxHeadDim, "query must have a head_dim of at most ", kMaxHeadDim,
+                      " on CUDA, got shape ", query.sizes());
+    TORCH_CHECK_VALUE(query.size(2) + geometry.num_chunks() <= std::numeric_limits<int32_t>::max(),
+                      "query must have fewer than 2^31 tokens and chunks on CUDA, got shape ", query.sizes());
+    return Shape{
+        .batch = query.size(0), .heads = query.size(1), .head_dim = query.size(3), .geometry = geometry};
+}
+
+double scale_of(const Call& call) {
+    return call.scale.value_or(1 / std::sqrt(static_cast<double>(call.query.size(3))));
+}
+
+Tensor contiguous(const OptionalTensor& tensor, at::ScalarType dtype) {
+    if (!tensor) return {};
+    // The usual case, without two trips through the dispatcher.
+    if (tensor->scalar_type() == dtype && tensor->is_contiguous()) return *tensor;
+    return tensor->to(dtype).contiguous();
+}
+
+void sum_into(Tensor out, const Tensor& terms, at::IntArrayRef dims) {
+    if (out.scalar_type() == terms.scalar_type()) {
+        at::sum_out(out, terms, dims);
+    } else {
+        out.copy_(at::sum(terms, dims));
+    }
+}
+
+} // namespace eva_attn::cuda

@@ -1,0 +1,143 @@
+#include "cuda/window_attention.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <cmath>
+
+#include "ops/window_attention.h"
+
+namespace eva_attn::cuda {
+namespace {
+
+Dropout dropout_of(const AttentionOptions& options) {
+    if (options.dropout_p == 0) return Dropout{.seed = 0, .threshold = 0, .scale = 1};
+    return Dropout{.seed = 0, // read on the device
+                   .threshold = static_cast<uint64_t>(std::ceil(std::ldexp(options.dropout_p, 32))),
+                   .scale = 1 / (1 - options.dropout_p)};
+}
+
+} // namespace
+
+Attention::Attention(const Call& call, const Geometry& geometry, const OptionalTensor& landmark_key,
+                     const OptionalTensor& landmark_value, const Tensor& output, const Tensor& logsumexp,
+                     cudaStream_t stream)
+    : dtype_(kernel_dtype(call.query.scalar_type())), stream_(stream),
+      landmark_key_(contiguous(landmark_key, call.query.scalar_type())),
+      landmark_value_(contiguous(landmark_value, call.query.scalar_type())),
+      landmark_bias_(contiguous(call.attention.landmark_bias, logsumexp.scalar_type())),
+      relative_bias_(contiguous(call.attention.relative_bias, logsumexp.scalar_type())),
+      mask_(contiguous(call.key_padding_mask, at::kBool)), output_(output),
+      logsumexp_(logsumexp.contiguous()) {
+    const Shape shape = shape_of(call, geometry);
+    const auto& [relative_bias, landmark_bias, dropout_seed, dropout_p, exclude] = call.attention;
+    if (landmark_key && (mask_.defined() || exclude)) {
+        const int64_t batch = mask_.defined() ? shape.batch : 1;
+        extents_ = at::empty({batch, geometry.num_chunks(), 4}, logsumexp.options().dtype(at::kInt));
+        chunk_extents(geometry, batch, mask_data(mask_), extents_.mutable_data_ptr<int32_t>(), stream);
+    }
+    const bool one_bias = relative_bias_.defined() && relative_bias_.size(0) == 1;
+    params_ = AttentionParams{
+        .shape = shape,
+        .query = rows(call.query),
+        .key = rows(call.key),
+        .value = rows(call.value),
+        .num_landmarks = landmark_key ? geometry.num_chunks() : 0,
+        .landmark_key = data(landmark_key_),
+        .landmark_value = data(landmark_value_),
+        .landmark_bias = data(landmark_bias_),
+        .extents = static_cast<const int32_t*>(data(extents_)),
+        .extents_batch_stride = mask_.defined() ? 4 * geometry.num_chunks() : 0,
+        .relative_bias = data(relative_bias_),
+        .relative_bias_head_stride = one_bias ? 0 : geometry.bias_height * geometry.bias_width,
+        .key_padding_mask = mask_data(mask_),
+        .exclude_window_landmarks = exclude,
+        .dropout = dropout_of(call.attention),
+        .dropout_seed = dropout_seed ? dropout_seed->const_data_ptr<int64_t>() : nullptr,
+        .scale = scale_of(call),
+        .output = rows(output_),
+        .logsumexp = data(logsumexp_),
+    };
+}
+
+void Attention::forward() const { forward_for(dtype_, params_)(dtype_, params_, stream_); }
+
+void Attention::backward_global(const Tensor& grad_output) {
+    const Shape& shape = params_.shape;
+    params_.grad_output = rows(grad_output);
+    const AttentionBackward backward = backward_for(dtype_, params_);
+    params_.pieces = backward.global_pieces(dtype_, params_);
+    const int64_t sizes[] = {shape.batch * shape.heads, params_.pieces,
+                             params_.num_landmarks + shape.geometry.num_prefix_tokens, shape.head_dim};
+    delta_ = at::empty_like(logsumexp_);
+    grad_global_key_ = at::empty(sizes, logsumexp_.options());
+    grad_global_value_ = at::empty(sizes, logsumexp_.options());
+    params_.delta = data(delta_);
+    params_.grad_global_key = data(grad_global_key_);
+    params_.grad_global_value = data(grad_global_value_);
+    backward.run_global(dtype_, params_, stream_);
+}
+
+void Attention::backward_tokens(const ChunkTerms& chunk_terms, const Tensor& grad_query,
+                                const Tensor& grad_key, const Tensor& grad_value,
+                                const Tensor& grad_relative_bias) {
+    const AttentionBackward backward = backward_for(dtype_, params_);
+    const Shape& shape = params_.shape;
+    const Geometry& geometry = shape.geometry;
+    params_.grad_query = rows(grad_query);
+    params_.grad_key = rows(grad_key);
+    params_.grad_value = rows(grad_value);
+    params_.chunk_terms = chunk_terms;
+    Tensor bias_terms;
+    if (relative_bias_.defined()) {
+        params_.bias_pieces = backward.bias_pieces(dtype_, params_);
+        bias_terms = at::empty(
+            {shape.batch, shape.heads, params_.bias_pieces, geometry.bias_height, geometry.bias_width},
+            logsumexp_.options());
+        params_.grad_relative_bias = data(bias_terms);
+    }
+    backward.run(dtype_, params_, stream_);
+
+    if (!relative_bias_.defined()) return;
+    if (relative_bias_.size(0) == 1) {
+        sum_into(grad_relative_bias[0], bias_terms, {0, 1, 2});
+    } else {
+        sum_into(grad_relative_bias, bias_terms, {0, 2});
+    }
+}
+
+namespace {
+
+void forward(const Call& call, const Tensors<2>& outputs) {
+    const auto& [output, logsumexp] = outputs;
+    run(WindowAttention::kName, call, [&](cudaStream_t stream) {
+        Attention(call, concrete(call.geometry), call.landmark_key, call.landmark_value, output, logsumexp,
+                  stream)
+            .forward();
+    });
+}
+
+void backward(const Call& call, const Tensor& grad_output, const Tensors<2>& outputs,
+              const Tensors<6>& gradients) {
+    const auto& [output, logsumexp] = outputs;
+    const auto& [grad_query, grad_key, grad_value, grad_landmark_key, grad_landmark_value,
+                 grad_relative_bias] = gradients;
+    run(WindowAttention::kBackwardName, call, [&](cudaStream_t stream) {
+        Attention attention(call, concrete(call.geometry), call.landmark_key, call.landmark_value, output,
+                            logsumexp, stream);
+        attention.backward_global(grad_output);
+        attention.backward_tokens(ChunkTerms{}, grad_query, grad_key, grad_value, grad_relative_bias);
+        if (!call.landmark_key) return;
+        const auto sum_pieces = [](const Tensor& terms, const Tensor& gradient) {
+            const int64_t sizes[] = {terms.size(0), gradient.size(2), gradient.size(3)};
+            sum_into(gradient.view(sizes), terms.narrow(2, 0, gradient.size(2)), {1});
+        };
+        sum_pieces(attention.grad_global_key(), grad_landmark_key);
+        sum_pieces(attention.grad_global_value(), grad_landmark_value);
+    });
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(eva_attn, CUDA, m) { WindowAttentionBackend<forward, backward>::implement(m); }
+
+} // namespace eva_attn::cuda

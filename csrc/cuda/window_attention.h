@@ -1,0 +1,35 @@
+#pragma once
+
+#include "cuda/support.h"
+
+namespace eva_attn::cuda {
+
+// An attention's params and the tensors that they point into.
+class Attention {
+  public:
+    // Landmarks [B, H, C, D], or none.
+    Attention(const Call& call, const Geometry& geometry, const OptionalTensor& landmark_key,
+              const OptionalTensor& landmark_value, const Tensor& output, const Tensor& logsumexp,
+              cudaStream_t stream);
+
+    void forward() const;
+
+    // The backward's first half: gradients of landmarks and prefix keys.
+    void backward_global(const Tensor& grad_output);
+    // Its result [B H, pieces, C + P, D], the landmarks' rows first.
+    const Tensor& grad_global_key() const { return grad_global_key_; }
+    const Tensor& grad_global_value() const { return grad_global_value_; }
+    // Its second half, which writes all other gradients, with the tokens' share in their chunks added.
+    void backward_tokens(const ChunkTerms& chunk_terms, const Tensor& grad_query, const Tensor& grad_key,
+                         const Tensor& grad_value, const Tensor& grad_relative_bias);
+
+  private:
+    DType dtype_;
+    cudaStream_t stream_;
+    Tensor landmark_key_, landmark_value_, landmark_bias_, extents_, relative_bias_, mask_, output_,
+        logsumexp_;
+    Tensor delta_, grad_global_key_, grad_global_value_;
+    AttentionParams params_;
+};
+
+} // namespace eva_attn::cuda

@@ -1,0 +1,162 @@
+// Tiles of token rows in shared memory: gathered from global memory, read as the tensor cores' fragments.
+#pragma once
+
+#include <algorithm>
+#include <climits>
+#include <cuda_runtime.h>
+
+#include "kernels/cuda/params.h"
+#include "kernels/cuda/ptx.cuh"
+
+namespace eva_attn::cuda::mma {
+
+constexpr int kWarpSize = 32;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kInfinity = __builtin_huge_valf();
+
+// [rows, kHeadDim] of 16-bit elements. The 16-byte units of a row are permuted by its number, so that the
+// same unit of eight rows in a line lies in eight different groups of banks.
+template <class S, int kHeadDim>
+struct Tile {
+    static constexpr int kUnits = kHeadDim / 8;
+
+    S* data;
+
+    __device__ S* unit(int row, int unit) const { return data + row * kHeadDim + ((unit ^ (row & 7)) * 8); }
+
+    // A [16, 16] from rows `row` and columns 8 `unit` onward.
+    __device__ void load_a(uint32_t (&a)[4], int row, int first_unit) const {
+        const int lane = threadIdx.x % kWarpSize;
+        load_matrix(a, unit(row + lane % 16, first_unit + lane / 16));
+    }
+    // A [16, 16] of the transposed tile: its rows are columns 8 `unit` onward, its columns are rows `row`
+    // onward.
+    __device__ void load_a_transposed(uint32_t (&a)[4], int row, int first_unit) const {
+        const int lane = threadIdx.x % kWarpSize;
+        load_matrix_transposed(a, unit(row + lane % 8 + lane / 16 * 8, first_unit + lane / 8 % 2));
+    }
+    // B [32, 8] of the transposed tile, b[0], b[1] above b[2], b[3]: its columns are rows `row` onward, its
+    // rows are columns 8 `unit` onward.
+    __device__ void load_b_transposed(uint32_t (&b)[4], int row, int first_unit) const {
+        const int lane = threadIdx.x % kWarpSize;
+        load_matrix(b, unit(row + lane % 8, first_unit + lane / 8));
+    }
+    // B [16, 16], b[0], b[1] left of b[2], b[3], from rows `row` and columns 8 `unit` onward.
+    __device__ void load_b(uint32_t (&b)[4], int row, int first_unit) const {
+        const int lane = threadIdx.x % kWarpSize;
+        load_matrix_transposed(b, unit(row + lane % 16, first_unit + lane / 16));
+    }
+};
+
+// i / width for i and width below 2^15, with `reciprocal` of the width.
+constexpr uint32_t reciprocal(int width) { return 0x7fffffffu / width + 1; }
+__device__ inline int divide(int i, uint32_t reciprocal) { return __umulhi(2 * i + 1, reciprocal); }
+constexpr int kMaxBoxTokens = (1 << 15) - 1;
+
+// The size of windows, of windows' keys or of chunks. Positions in a box are numbered row by row over its
+// whole size, also where a border of the grid cuts it.
+struct BoxShape {
+    int height, width;
+    uint32_t width_reciprocal;
+
+    static BoxShape of(int64_t height, int64_t width) {
+        const int w = static_cast<int>(width);
+        return BoxShape{static_cast<int>(height), w, reciprocal(w)};
+    }
+    constexpr int size() const { return height * width; }
+};
+
+struct Position {
+    int y, x;
+};
+
+// A box in the grid; (y0, x0), the grid position of its first, may lie outside.
+struct TokenBox {
+    BoxShape shape;
+    int y0, x0;
+    int grid_height, grid_width, num_prefix_tokens;
+
+    __device__ Position position(int i) const {
+        const int y = divide(i, shape.width_reciprocal);
+        return Position{y0 + y, x0 + i - y * shape.width};
+    }
+    __device__ bool is_whole() const {
+        return y0 >= 0 && x0 >= 0 && y0 + shape.height <= grid_height && x0 + shape.width <= grid_width;
+    }
+    __device__ int first_token() const { return num_prefix_tokens + y0 * grid_width + x0; }
+    // The token of position i, -1 outside of the grid.
+    __device__ int token(int i) const {
+        const Position at = position(i);
+        const bool inside = i < shape.size() &&
+                            static_cast<unsigned>(at.y) < static_cast<unsigned>(grid_height) &&
+                            static_cast<unsigned>(at.x) < static_cast<unsigned>(grid_width);
+        return inside ? num_prefix_tokens + at.y * grid_width + at.x : -1;
+    }
+};
+
+template <class S>
+__device__ inline const S* head_rows(const Rows& rows, int64_t batch, int64_t head) {
+    return static_cast<const S*>(rows.data) + batch * rows.batch_stride + head * rows.head_stride;
+}
+
+// The rows of a tile that a thread copies, all in the same 16-byte column: row(0) .. row(kCount - 1).
+template <int kRows, int kThreads, int kHeadDim>
+struct GatherRows {
+    static constexpr int kUnits = kHeadDim / 8;
+    static constexpr int kCount = kRows * kUnits / kThreads;
+    static_assert(kWarpSize % kUnits == 0 && kRows * kUnits % kThreads == 0);
+
+    __device__ static int unit() { return threadIdx.x % kUnits; }
+    // A warp copies consecutive rows.
+    __device__ static int row(int i) {
+        const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+        return warp * (kRows * kWarpSize / kThreads) + lane / kUnits + i * (kWarpSize / kUnits);
+    }
+};
+
+// Begins to copy these rows from index * stride of each, zeros where the index is negative.
+template <class Rows, class S, int kHeadDim>
+__device__ inline void gather_rows(Tile<S, kHeadDim> tile, const S* base, int64_t stride,
+                                   const int (&index)[Rows::kCount]) {
+    const auto* column = reinterpret_cast<const char*>(base + Rows::unit() * 8);
+    const int stride_bytes = static_cast<int>(stride) * static_cast<int>(sizeof(S));
+#pragma unroll
+    for (int i = 0; i < Rows::kCount; ++i)
+        copy_async_at(index[i], tile.unit(Rows::row(i), Rows::unit()),
+                      column + static_cast<int64_t>(index[i]) * stride_bytes);
+}
+
+// The same for all rows [0, kRows) of a tile, row r from index_of(r).
+template <int kRows, int kThreads, class S, int kHeadDim, class IndexOf>
+__device__ inline void gather(Tile<S, kHeadDim> tile, const S* base, int64_t stride, int head_dim,
+                              IndexOf index_of) {
+    using Rows = GatherRows<kRows, kThreads, kHeadDim>;
+    int index[Rows::kCount];
+#pragma unroll
+    for (int i = 0; i < Rows::kCount; ++i)
+        index[i] = Rows::unit() * 8 < head_dim ? index_of(Rows::row(i)) : -1;
+    gather_rows<Rows>(tile, base, stride, index);
+}
+
+// Over the four lanes that hold a row of an accumulator.
+__device__ inline float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+__device__ inline float quad_sum(float x) {
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// Into how many CTAs the work on one (batch, head) is cut at most.
+constexpr int kMaxSlices = 1024;
+
+inline int multiprocessors() {
+    int device = 0, count = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return std::max(count, 1);
+}
+
+} // namespace eva_attn::cuda::mma

@@ -1,0 +1,118 @@
+"""Operators on CUDA: graphs, streams, devices, and the limits of a grid of blocks."""
+
+from dataclasses import replace
+from typing import Any
+
+import op_cases
+import pytest
+import torch
+from op_cases import FIXED, Arguments, Case, assert_near, assert_same, gradients
+from torch import Tensor
+
+from eva_attn import functional
+
+pytestmark = pytest.mark.skipif(not op_cases.HAS_CUDA, reason="there is no GPU, or no kernel for it")
+
+DTYPES = [torch.float32, torch.bfloat16]
+EVERYTHING = replace(
+    FIXED["ragged grid"], exclude=True, log_count=True, dropout_p=0.2, packed=True, head_dim=40
+)
+PLAIN = Case((14, 14), 7, 2, kind="linear-layernorm", bias="per head", packed=True, head_dim=64)
+
+
+def outcome(given: Arguments) -> dict[str, Tensor]:
+    output = functional.eva_attention_qkvpacked(given.inputs["qkv"], **given.options)
+    return {"output": output} | gradients(output, given.cotangent, given.inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [EVERYTHING, PLAIN], ids=["everything", "plain"])
+def test_graph_capture(case: Case, dtype: torch.dtype) -> None:
+    """A graph's replays are what the operators compute from its inputs as they are then."""
+    given = op_cases.arguments(replace(case, dropout_p=0.0), "cuda", dtype)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        outcome(given)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = outcome(given)
+    for _ in range(2):
+        with torch.no_grad():
+            given.inputs["qkv"].mul_(1.25)
+        graph.replay()
+        assert_same(found, outcome(given))
+
+
+def test_dropout_in_a_graph() -> None:
+    """Every replay draws weights of its own."""
+    given = op_cases.arguments(replace(PLAIN, dropout_p=0.5), "cuda", torch.float32)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = outcome(given)
+    results = []
+    for _ in range(2):
+        graph.replay()
+        results.append({name: x.clone() for name, x in found.items()})
+    assert all(not torch.equal(results[0][name], x) for name, x in results[1].items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [EVERYTHING, PLAIN], ids=["everything", "plain"])
+def test_nothing_waits_for_the_device(case: Case, dtype: torch.dtype) -> None:
+    given = op_cases.arguments(case, "cuda", dtype)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outcome(given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_compile_to_graphs() -> None:
+    given = op_cases.arguments(PLAIN, "cuda", torch.float32)
+
+    def attention(qkv: Tensor) -> Tensor:
+        return functional.eva_attention_qkvpacked(qkv * 2, **given.options).sin()
+
+    def run(function: Any) -> dict[str, Tensor]:
+        torch.compiler.cudagraph_mark_step_begin()
+        output = function(given.inputs["qkv"])
+        found = {"output": output} | gradients(output, given.cotangent, given.inputs)
+        return {name: x.clone() for name, x in found.items()}
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, mode="reduce-overhead", fullgraph=True)
+    expected = run(attention)
+    for _ in range(3):  # warming up, recording, replaying
+        # Sines and their derivatives are rounded otherwise.
+        assert_near(run(compiled), expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "relative_bias", "key_padding_mask"])
+def test_tensors_of_two_devices(name: str) -> None:
+    given = op_cases.arguments(replace(PLAIN, padding=0.2), "cuda", torch.float32)
+    arguments = dict(zip(("query", "key", "value"), given.qkv(), strict=True)) | given.options
+    arguments[name] = arguments[name].cpu()
+    with pytest.raises(ValueError, match=r"must be on the query's device"):
+        functional.eva_attention(**arguments)
+
+
+def test_largest_head_dim() -> None:
+    query = torch.randn(1, 2, 8, 257, device="cuda")
+    with pytest.raises(ValueError, match=r"head_dim of at most 256 on CUDA, got shape \[1, 2, 8, 257\]"):
+        functional.eva_attention(query, query, query, window_size=4, chunk_size=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_heads_than_a_grid_is_high(dtype: torch.dtype) -> None:
+    case = Case(8, 4, 2, batch=70_001, heads=1, packed=True)
+    given = op_cases.arguments(case, "cuda", dtype)
+    last = replace(
+        given,
+        inputs={"qkv": given.inputs["qkv"].detach()[-3:].requires_grad_()},
+        cotangent=given.cotangent[-3:],
+    )
+    found = {name: x[-3:] for name, x in outcome(given).items()}
+    # Fewer heads are dealt to the device in other pieces, which are summed in another order.
+    assert_near(found, outcome(last), 4 * torch.finfo(dtype).eps)
