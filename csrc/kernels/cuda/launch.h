@@ -10,6 +10,8 @@ namespace eva_attn::cuda {
 // Any head dim up to 256, any option, every dtype.
 namespace simt {
 
+void decode_step(DType, const DecodeParams&, cudaStream_t);
+
 void chunk_summary_fwd(DType, const SummaryParams&, cudaStream_t);
 void chunk_summary_bwd(DType, const SummaryParams&, cudaStream_t);
 
