@@ -42,7 +42,8 @@ def eva_attention(
 
     Args:
         query, key, value: [B, H, N, D], any strides; float32, float64, bfloat16 or float16. Attention runs
-            within one sequence, so all three have one shape.
+            within one sequence. Key and value may have fewer heads than query, each then for as many of its
+            heads in a row (grouped-query attention); one head is read where it lies, more are copied.
         window_size: tokens of a window; (height, width) on a grid, where an int means both. Windows tile the
             tokens after the prefix.
         chunk_size: tokens that one landmark stands for, in the same form; C chunks tile the tokens after the
@@ -79,6 +80,7 @@ def eva_attention(
     """
     if query.dim() != 4:
         raise ValueError(f"query: expected [B, H, N, D], got shape {tuple(query.shape)}")
+    key, value = expand_heads(query, key, value)
     options = _options(
         query.shape[0],
         query.shape[2],
@@ -99,7 +101,7 @@ def eva_attention(
         scale,
     )
     return torch.ops.eva_attn.eva_attention(
-        query, key, value, **options, **_projection(projection), noise=noise
+        query, key, value, **options, **projection_arguments(projection), noise=noise
     )[0]
 
 
@@ -149,9 +151,9 @@ def eva_attention_qkvpacked(
         dropout_p,
         scale,
     )
-    return torch.ops.eva_attn.eva_attention_qkvpacked(qkv, **options, **_projection(projection), noise=noise)[
-        0
-    ]
+    return torch.ops.eva_attn.eva_attention_qkvpacked(
+        qkv, **options, **projection_arguments(projection), noise=noise
+    )[0]
 
 
 def chunk_summary(
@@ -190,7 +192,7 @@ def chunk_summary(
         key_padding_mask=key_padding_mask,
         scale=scale,
         mean_divisor=mean_divisor,
-        **_projection(projection),
+        **projection_arguments(projection),
     )[:2]
 
 
@@ -244,6 +246,21 @@ def window_attention(
         scale,
     )
     return torch.ops.eva_attn.window_attention(query, key, value, landmark_key, landmark_value, **options)[0]
+
+
+def expand_heads(query: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """`tensors` [B, fewer heads, N, D] with the heads of `query`, each head for those in a row.
+
+    Others are left for the operator to refuse.
+    """
+    heads = query.shape[1]
+
+    def expand(x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[1] in (0, heads) or heads % x.shape[1]:
+            return x
+        return x.unsqueeze(2).expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
+
+    return [expand(x) for x in tensors]
 
 
 def draw_dropout_seed(device: torch.device) -> Tensor:
@@ -354,7 +371,7 @@ def _add_log_counts(
     return landmark_bias + log_counts
 
 
-def _projection(projection: "LandmarkProjection | None") -> dict[str, Any]:
+def projection_arguments(projection: "LandmarkProjection | None") -> dict[str, Any]:
     """The operators' arguments for a projection: none for the identity."""
     if projection is None:
         return {}

@@ -505,15 +505,15 @@ class CausalEVAttention(_ProjectedEVA):
             raise ValueError("noise: expected None with a state, where there is none")
         self._check_state(state, x)
         with torch.no_grad():
-            num_tokens = decoding.num_valid_tokens(x, key_padding_mask)
-            out = decoding.prefill(state, *self._unpacked(x), num_tokens, **self._decoding_options())
+            out = decoding.prefill(state, *self._unpacked(x), key_padding_mask, **self.decoding_options())
             return self._output(out, x.shape)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: DecodingState) -> Tensor:
         """Attention of the next token of each sequence, `x` [B, 1, dim], in its shape; `state` takes it in.
 
-        ValueError as of `forward`, but not in compiled code, where a token too many spoils the state.
+        ValueError as of `forward`; on CUDA not in compiled code or a CUDA graph, where what comes of a token
+        too many is undefined.
         """
         self._check_x(x)
         if x.shape[1] != 1:
@@ -521,8 +521,7 @@ class CausalEVAttention(_ProjectedEVA):
         self._check_state(state, x)
         if not torch.compiler.is_compiling():
             state.reserve(1)
-        one = torch.ones_like(state.position)
-        out = decoding.advance(state, *self._unpacked(x), one, **self._decoding_options())
+        out = decoding.advance(state, *self._unpacked(x), **self.decoding_options())
         return self._output(out, x.shape)
 
     def init_state(self, batch_size: int, max_length: int) -> DecodingState:
@@ -558,7 +557,8 @@ class CausalEVAttention(_ProjectedEVA):
                 f"got {tuple(state.window_key.shape)} and {state.chunk_size}"
             )
 
-    def _decoding_options(self) -> dict[str, Any]:
+    def decoding_options(self) -> dict[str, Any]:
+        """The arguments of `decoding.advance` beside state, queries, keys and values."""
         return {
             "projection": self.landmark_projection,
             "relative_bias": self._offset_bias(),

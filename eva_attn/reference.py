@@ -73,6 +73,7 @@ def eva_attention(
     scale: float | None = None,
 ) -> Tensor:
     """See `eva_attn.eva_attention`."""
+    key, value = functional.expand_heads(query, key, value)
     landmark_key, landmark_value = chunk_summary(
         query,
         key,

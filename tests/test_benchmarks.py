@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import attention, cases, harness, train_step
+from benchmarks import attention, cases, decode, harness, train_step
 from benchmarks.cases import CASES, SWEEP, Case
 from benchmarks.peers import make_peers
 
@@ -139,3 +139,19 @@ def test_train_step_prints_every_attention(capsys, tmp_path):
     for name in ("softmax", "eva", "window", "none"):
         assert name in printed
         assert milliseconds[name] > 0
+
+
+def test_decode_prints_every_context(capsys, tmp_path):
+    path = tmp_path / "decode.json"
+    sizes = {"batch": 2, "heads": 2, "head-dim": 8, "window": 8, "chunk": 4, "repeats": 3}
+    flags = [f"--{name}={size}" for name, size in sizes.items()]
+    decode.main(["--device=cpu", "--contexts", "80", "104", *flags, f"--json={path}"])
+    printed = capsys.readouterr().out
+    small, large = json.loads(path.read_text())["results"]
+    for result in (small, large):
+        assert str(result["context"]) in printed
+        assert result["eva_attention_us"] > 0
+        assert result["softmax_module_us"] > 0
+    # Six landmarks more of 2 x 8 numbers, for 2 x 2 heads; of the cache 24 tokens.
+    assert large["state_bytes"] - small["state_bytes"] == 6 * 4 * 2 * 8 * 4
+    assert large["cache_bytes"] - small["cache_bytes"] == 24 * 4 * 2 * 8 * 4

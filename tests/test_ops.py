@@ -510,3 +510,33 @@ def test_infinite_bias(device: str) -> None:
     with torch.no_grad():
         given.options["relative_bias"][:, 2] = -math.inf
     assert_near(outcome(functional, case, given), outcome(reference, case, given), ORACLE)
+
+
+@on_devices
+@pytest.mark.parametrize("key_heads", [1, 2, 3, 6])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_fewer_key_heads(is_causal: bool, key_heads: int, device: str) -> None:
+    """Grouped-query attention: each head of key and value stands for as many heads of query in a row."""
+    torch.manual_seed(0)
+    query = torch.randn(2, 6, 25, 5, device=device, dtype=torch.float64, requires_grad=True)
+    key, value = (
+        torch.randn(2, key_heads, 25, 5, device=device, dtype=torch.float64, requires_grad=True)
+        for _ in range(2)
+    )
+    repeated = [x.repeat_interleave(6 // key_heads, 1) for x in (key, value)]
+    options = {"window_size": 6, "chunk_size": 3, "overlap": 2, "is_causal": is_causal}
+    inputs = {"query": query, "key": key, "value": value}
+    cotangent = torch.randn_like(query)
+    results = []
+    for functions, rest in ((functional, (key, value)), (reference, (key, value)), (reference, repeated)):
+        output = functions.eva_attention(query, *rest, **options)
+        results.append({"output": output} | gradients(output, cotangent, inputs))
+    assert_near(results[0], results[2], ORACLE)
+    assert_near(results[1], results[2], ORACLE)
+
+
+def test_one_key_head_is_not_copied() -> None:
+    query, key = torch.randn(2, 6, 5, 3), torch.randn(2, 1, 5, 3)
+    (expanded,) = functional.expand_heads(query, key)
+    assert expanded.shape == query.shape
+    assert expanded.data_ptr() == key.data_ptr()

@@ -74,7 +74,7 @@ SHARED = [
     ("key", zeros(2, 13, 4), ValueError, ["2, 13, 4"]),
     ("key", zeros(2, 2, 12, 4), ValueError, ["2, 2, 12, 4"]),
     ("key", zeros(3, 2, 13, 4), ValueError, ["3, 2, 13, 4"]),
-    ("key", zeros(2, 1, 13, 4), ValueError, ["2, 1, 13, 4"]),
+    ("key", zeros(2, 3, 13, 4), ValueError, ["2, 3, 13, 4"]),
     ("value", zeros(2, 2, 13, 8), ValueError, ["2, 2, 13, 8"]),
     ("value", zeros(2, 2, 13), ValueError, ["2, 2, 13"]),
     ("query", zeros(2, 2, 13, 4, dtype=torch.int32), TypeError, [dtype_names(torch.int32)]),

@@ -18,7 +18,7 @@ void unavailable(const c10::OperatorHandle& op, torch::jit::Stack*) {
 TORCH_LIBRARY_IMPL(eva_attn, CUDA, m) {
     for (const char* name : {"eva_attention", "eva_attention_backward", "eva_attention_qkvpacked",
                              "eva_attention_qkvpacked_backward", "chunk_summary", "chunk_summary_backward",
-                             "window_attention", "window_attention_backward"}) {
+                             "window_attention", "window_attention_backward", "decode_step"}) {
         m.impl(name, torch::CppFunction::makeFromBoxedFunction<&unavailable>());
     }
 }

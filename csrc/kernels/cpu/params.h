@@ -126,6 +126,30 @@ struct WeightGradParams {
 
 constexpr int64_t kWeightRowsPerTask = 6;
 
+// The state of each (batch, head) and the tokens that it takes in; the state is contiguous.
+struct DecodeParams {
+    int64_t batch, heads, tokens, head_dim;
+    int64_t window_size, overlap, chunk_size, num_landmarks;
+    Rows query, key, value;    // in
+    const int64_t* num_tokens; // [B]: how many of the tokens are taken in; null: all
+    void* window_key;          // S [B, H, window_size + overlap, D], token i in slot i % that size
+    void* window_value;        // S [B, H, window_size + overlap, D]
+    void* landmark_key;        // S [B, H, num_landmarks, D]
+    void* landmark_value;      // S [B, H, num_landmarks, D]
+    void* key_sum;             // T [B, H, D], of the open chunk
+    void* query_sum;           // T [B, H, D]
+    int64_t* position;         // [B, H]
+    Projection key_projection, query_projection; // without weight_t; read where a chunk ends
+    bool has_projection;                         // false: identity
+    bool has_query_projection;                   // false beside has_projection: "key-only", mu = 0
+    double norm_eps, scale;
+    const void* relative_bias; // T [H or 1, 2 (window_size + overlap) - 1] or null
+    int64_t relative_bias_head_stride;
+    double landmark_bias; // added to the logits of landmarks
+    bool exclude_window_landmarks;
+    Rows output; // out
+};
+
 // One table per instruction set and dtype. Kernels run the tasks [begin, end) with a scratch of the size
 // that the matching function returns; the result does not depend on how tasks are dealt to threads.
 struct Kernels {
@@ -141,6 +165,8 @@ struct Kernels {
     size_t (*prefix_scratch)(const AttentionParams&, bool backward);
     void (*prefix_attention_fwd)(const AttentionParams&, int64_t begin, int64_t end, char* scratch);
     void (*prefix_attention_bwd)(const AttentionParams&, int64_t begin, int64_t end, char* scratch);
+    size_t (*decode_scratch)(const DecodeParams&);
+    void (*decode_step)(const DecodeParams&, int64_t begin, int64_t end, char* scratch);
 };
 
 enum class InstructionSet { kBaseline, kAvx2, kAvx512 };

@@ -6,6 +6,7 @@ namespace {
 // clang-format off: each builds on the one before
 #include "kernels/cpu/simd.h"
 #include "kernels/cpu/chunk_summary.h"
+#include "kernels/cpu/decode_step.h"
 #include "kernels/cpu/window_attention.h"
 // clang-format on
 
@@ -24,6 +25,8 @@ constexpr Kernels make_table() {
         .prefix_scratch = prefix_scratch<S, T>,
         .prefix_attention_fwd = prefix_attention_fwd<S, T>,
         .prefix_attention_bwd = prefix_attention_bwd<S, T>,
+        .decode_scratch = decode_scratch<S, T>,
+        .decode_step = decode_step<S, T>,
     };
 }
 

@@ -17,6 +17,8 @@ void sum_projection_gradients(DType, const ProjectionGradients&, cudaStream_t);
 // Any head dim up to 256, any option, every dtype.
 namespace simt {
 
+void decode_step(DType, const DecodeParams&, cudaStream_t);
+
 void chunk_summary_fwd(DType, const SummaryParams&, cudaStream_t);
 void chunk_summary_bwd(DType, const SummaryParams&, cudaStream_t);
 // What tokens get from the gradients of their chunks, alone.

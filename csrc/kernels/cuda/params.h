@@ -33,6 +33,31 @@ struct Projection {
     const void* norm_bias;   // [D] or null
 };
 
+// The state of each (batch, head) and the tokens that it takes in; the state is contiguous.
+struct DecodeParams {
+    int64_t batch, heads, tokens, head_dim;
+    int64_t window_size, overlap, chunk_size, num_landmarks;
+    Rows query, key, value;    // in
+    const int64_t* num_tokens; // [B]: how many of the tokens are taken in; null: all
+    void* window_key;          // S [B, H, window_size + overlap, D], token i in slot i % that size
+    void* window_value;        // S [B, H, window_size + overlap, D]
+    void* landmark_key;        // S [B, H, num_landmarks, D]
+    void* landmark_value;      // S [B, H, num_landmarks, D]
+    void* key_sum;             // T [B, H, D], of the open chunk
+    void* query_sum;           // T [B, H, D]
+    int64_t* position;         // [B, H]
+    Projection key_projection, query_projection;
+    bool has_projection;       // false: identity
+    bool has_query_projection; // false beside has_projection: "key-only", mu = 0
+    double norm_eps, scale;
+    DType relative_bias_dtype;
+    const void* relative_bias; // [H or 1, 2 (window_size + overlap) - 1] or null
+    int64_t relative_bias_head_stride;
+    double landmark_bias; // added to the logits of landmarks
+    bool exclude_window_landmarks;
+    Rows output; // out
+};
+
 struct SummaryParams {
     Shape shape;
     Rows query, key, value;       // in

@@ -1,0 +1,180 @@
+// Causal decoding: the heads of a state take in their tokens one by one. Included once per instruction set,
+// behind chunk_summary.h.
+
+template <class S, class T>
+class DecodingHead {
+  public:
+    DecodingHead(const DecodeParams& p, char* scratch)
+        : p(p), head_dim(p.head_dim), slots(p.window_size + p.overlap) {
+        Arena arena(scratch);
+        for (T** vector : {&query, &row, &out, &mean, &landmark_key, &landmark_query, &omega})
+            *vector = arena.take<T>(padded(head_dim));
+        logits = arena.take<T>(padded(slots + p.num_landmarks));
+        chunk_logits = arena.take<double>(p.chunk_size);
+        bytes = arena.used();
+    }
+
+    void run(int64_t index) {
+        bh = index, batch = index / p.heads, head = index % p.heads;
+        const int64_t count = p.num_tokens ? p.num_tokens[batch] : p.tokens;
+        for (int64_t token = 0; token < count; ++token) {
+            position = p.position[bh] + token;
+            append(token);
+            attend(token);
+            if ((position + 1) % p.chunk_size == 0) end_chunk();
+        }
+        for (int64_t token = count; token < p.tokens; ++token)
+            zero_row<S>(p.output, batch, head, token, head_dim);
+        p.position[bh] += count;
+    }
+
+    size_t bytes;
+
+  private:
+    S* slot(void* window, int64_t i) const {
+        return static_cast<S*>(window) + (bh * slots + i % slots) * head_dim;
+    }
+    S* landmark(void* landmarks, int64_t chunk) const {
+        return static_cast<S*>(landmarks) + (bh * p.num_landmarks + chunk) * head_dim;
+    }
+    T* sum_of(void* sums) const { return static_cast<T*>(sums) + bh * head_dim; }
+
+    // A row of the state in T, zeros behind head_dim up to a whole vector.
+    const T* load_state(const S* from) const {
+        if constexpr (sizeof(S) == sizeof(T))
+            if (head_dim % kWidth<T> == 0) return from;
+        const Rows rows{const_cast<S*>(from), 0, 0, 0, 1};
+        load_row<S, T>(rows, 0, 0, 0, head_dim, row);
+        return row;
+    }
+
+    void keep(const Rows& rows, int64_t token, void* window) const {
+        const S* from = row_of<S>(rows, batch, head, token);
+        S* to = slot(window, position);
+        for (int64_t d = 0; d < head_dim; ++d) to[d] = from[d * rows.dim_stride];
+    }
+
+    void append(int64_t token) {
+        keep(p.key, token, p.window_key);
+        keep(p.value, token, p.window_value);
+        load_row<S, T>(p.query, batch, head, token, head_dim, query);
+        const T* key = load_state(slot(p.window_key, position));
+        T *key_sum = sum_of(p.key_sum), *query_sum = sum_of(p.query_sum);
+        const bool begins = position % p.chunk_size == 0;
+        for (int64_t d = 0; d < head_dim; ++d) {
+            key_sum[d] = begins ? key[d] : key_sum[d] + key[d];
+            query_sum[d] = begins ? query[d] : query_sum[d] + query[d];
+        }
+    }
+
+    // Calls body(j, row) for the window's tokens from `first` on, then for landmarks.
+    template <class Body>
+    void for_visible(int64_t first, int64_t num_landmarks, void* window, void* landmarks, Body body) const {
+        const int64_t num_keys = position + 1 - first;
+        const int64_t before_wrap = detail::min(num_keys, slots - first % slots);
+        const auto rows = [&](const S* from, int64_t begin, int64_t count) {
+            for (int64_t j = 0; j < count; ++j) body(begin + j, load_state(from + j * head_dim));
+        };
+        rows(slot(window, first), 0, before_wrap);
+        rows(slot(window, 0), before_wrap, num_keys - before_wrap);
+        rows(landmark(landmarks, 0), num_keys, num_landmarks);
+    }
+
+    void attend(int64_t token) {
+        const int64_t first = detail::max(position / p.window_size * p.window_size - p.overlap, 0);
+        const int64_t num_keys = position + 1 - first;
+        const int64_t num_landmarks =
+            p.exclude_window_landmarks ? detail::ceil_div(first, p.chunk_size) : position / p.chunk_size;
+        const int64_t size = num_keys + num_landmarks;
+        const T scale = static_cast<T>(p.scale);
+        for_visible(first, num_landmarks, p.window_key, p.landmark_key,
+                    [&](int64_t j, const T* key) { logits[j] = scale * dot(query, key, head_dim); });
+        if (p.relative_bias) {
+            const T* bias = static_cast<const T*>(p.relative_bias) + head * p.relative_bias_head_stride +
+                            (first - position + slots - 1);
+            for (int64_t j = 0; j < num_keys; ++j) logits[j] += bias[j];
+        }
+        for (int64_t j = num_keys; j < size; ++j) logits[j] += static_cast<T>(p.landmark_bias);
+
+        T maximum = -infinity<T>();
+        for (int64_t j = 0; j < size; ++j) maximum = logits[j] > maximum ? logits[j] : maximum;
+        if (maximum == -infinity<T>()) maximum = 0; // all weights are 0 then
+        for (int64_t j = size; j % kWidth<T> != 0; ++j) logits[j] = -infinity<T>();
+        Vec<T> weights{};
+        for (int64_t j = 0; j < size; j += kWidth<T>) {
+            const Vec<T> weight = exp(load(logits + j) - splat(maximum));
+            store(logits + j, weight);
+            weights += weight;
+        }
+        const T total = sum<T>(weights);
+        zero(out, padded(head_dim));
+        for_visible(first, num_landmarks, p.window_value, p.landmark_value,
+                    [&](int64_t j, const T* value) { add_scaled(out, logits[j], value, head_dim); });
+        store_row<S, T>(p.output, batch, head, token, head_dim, out, total == 0 ? T(0) : T(1) / total);
+    }
+
+    // Makes the landmark of the chunk whose last token is at `position`.
+    void end_chunk() {
+        const int64_t chunk = position / p.chunk_size, first = chunk * p.chunk_size;
+        const bool has_mu = !p.has_projection || p.has_query_projection;
+        project(p.key_projection, sum_of(p.key_sum), landmark_key);
+        if (has_mu) project(p.query_projection, sum_of(p.query_sum), landmark_query);
+        zero(omega, padded(head_dim));
+        for (int64_t d = 0; has_mu && d < head_dim; ++d) omega[d] = landmark_query[d] + landmark_key[d];
+
+        double maximum = -__builtin_inf(), total = 0;
+        for (int64_t j = 0; j < p.chunk_size; ++j) {
+            const T* key = load_state(slot(p.window_key, first + j));
+            chunk_logits[j] = chunk_logit(p.scale, omega, key, head_dim);
+            maximum = chunk_logits[j] > maximum ? chunk_logits[j] : maximum;
+        }
+        for (int64_t j = 0; j < p.chunk_size; ++j)
+            total += chunk_logits[j] = __builtin_exp(chunk_logits[j] - maximum);
+        zero(out, padded(head_dim));
+        for (int64_t j = 0; j < p.chunk_size; ++j)
+            add_scaled(out, static_cast<T>(chunk_logits[j] / total),
+                       load_state(slot(p.window_value, first + j)), head_dim);
+        S *key = landmark(p.landmark_key, chunk), *value = landmark(p.landmark_value, chunk);
+        for (int64_t d = 0; d < head_dim; ++d) convert(landmark_key[d], key[d]), convert(out[d], value[d]);
+    }
+
+    // landmark = A(mean)
+    void project(const Projection& a, const T* chunk_sum, T* landmark) const {
+        const T n = static_cast<T>(head_dim);
+        T* const x = p.has_projection ? mean : landmark;
+        for (int64_t d = 0; d < padded(head_dim); ++d)
+            x[d] = d < head_dim ? chunk_sum[d] / static_cast<T>(p.chunk_size) : T(0);
+        if (!p.has_projection) return;
+        const T *weight = static_cast<const T*>(a.weight), *bias = static_cast<const T*>(a.bias);
+        const T *norm_weight = static_cast<const T*>(a.norm_weight),
+                *norm_bias = static_cast<const T*>(a.norm_bias);
+        for (int64_t d = 0; d < head_dim; ++d)
+            landmark[d] = dot(weight + d * padded(head_dim), mean, head_dim) + (bias ? bias[d] : T(0));
+        if (!norm_weight) return;
+        T center = 0, variance = 0;
+        for (int64_t d = 0; d < head_dim; ++d) center += landmark[d] / n;
+        for (int64_t d = 0; d < head_dim; ++d)
+            variance += (landmark[d] - center) * (landmark[d] - center) / n;
+        const T rstd = T(1) / static_cast<T>(__builtin_sqrt(static_cast<double>(variance) + p.norm_eps));
+        for (int64_t d = 0; d < head_dim; ++d)
+            landmark[d] = (landmark[d] - center) * rstd * norm_weight[d] + (norm_bias ? norm_bias[d] : T(0));
+    }
+
+    const DecodeParams& p;
+    const int64_t head_dim, slots;
+    int64_t bh = 0, batch = 0, head = 0, position = 0;
+    T *query, *row, *out, *mean, *landmark_key, *landmark_query, *omega; // [padded D]
+    T* logits;                                                           // [slots + landmarks]
+    double* chunk_logits;                                                // [chunk_size]
+};
+
+template <class S, class T>
+inline size_t decode_scratch(const DecodeParams& p) {
+    return DecodingHead<S, T>(p, nullptr).bytes;
+}
+
+template <class S, class T>
+void decode_step(const DecodeParams& p, int64_t begin, int64_t end, char* scratch) {
+    DecodingHead<S, T> head(p, scratch);
+    for (int64_t i = begin; i < end; ++i) head.run(i);
+}
