@@ -5,6 +5,8 @@ TORCH ?= 2.14.1
 torch := torch==$(patsubst torch==%,%,$(TORCH))
 python := .venv/bin/python
 install := $(python) -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
+# Fewer than setup.py would take: code for 8.0 runs on all GPUs but Hopper, or is translated there.
+export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX;9.0a
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 # Stamps. The first is named for interpreter and torch: other ones start .venv/ anew, which takes the rest away.

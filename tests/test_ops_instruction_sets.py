@@ -27,7 +27,7 @@ def test_subset(capability: str) -> None:
     assert report.stdout.strip().lower() == capability
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-k", f"({SUBSET}) and not cuda",
-         TESTS / "test_ops.py", TESTS / "test_ops_precision.py"],
+         TESTS / "test_ops.py", TESTS / "test_ops_precision.py", TESTS / "test_ops_decode_step.py"],
         env=environment,
         cwd=TESTS.parent,
         capture_output=True,
