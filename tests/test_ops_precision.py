@@ -1,5 +1,6 @@
 """Rounding: errors are at most twice those of the same formula in eager code of the same dtype."""
 
+import statistics
 from collections import defaultdict
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from eva_attn import functional, reference
 
 # In float32 a single draw says little: with outliers eager code was seen to have anything from a fifth to
 # twice the operators' error, by luck.
-DRAWS = {torch.float32: 6, torch.bfloat16: 1, torch.float16: 1}
+DRAWS = {torch.float32: 15, torch.bfloat16: 1, torch.float16: 1}
 CASES = {
     "sequence": Case(200, 16, 8, kind="linear-layernorm", bias="per head", head_dim=64),
     "sequence-overlap": Case(
@@ -45,9 +46,12 @@ def eager_computed(x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
 def test_errors_beside_eager_code(
     name: str, dtype: torch.dtype, stretch: float, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the mean over each output and gradient, and at its worst; with outliers for `stretch` > 1."""
-    squares, largest = (defaultdict(lambda: torch.zeros(2)) for _ in range(2))  # ours, eager
-    floors: dict[str, float] = defaultdict(float)
+    """In the mean over each output and gradient, and at its worst; with outliers for `stretch` > 1.
+
+    The median over several draws in float32: where one weight outshines all others, as outliers make it, a
+    whole gradient hangs on the rounding of one logit, and either side can be lucky in a draw.
+    """
+    ratios: dict[str, list[tuple[float, float]]] = defaultdict(list)
     computed = reference._computed
     for seed in range(DRAWS[dtype]):
         case = replace(CASES[name], batch=2, heads=2, seed=seed)
@@ -65,16 +69,15 @@ def test_errors_beside_eager_code(
         monkeypatch.setattr(reference, "_computed", eager_computed)
         eager = outcome(reference, case, given)
         for key, x in expected.items():
-            errors = [(found[key].double() - x).abs() for found in (actual, eager)]
-            squares[key] += torch.stack([error.square().mean() for error in errors]).cpu()
-            largest[key] += torch.stack([error.max() for error in errors]).cpu()
-            # One rounding of the largest number in float32, where eager code's errors happen to be smaller.
-            floors[key] += 6e-8 * x.abs().max().item()
-    for key, floor in floors.items():
-        ours, eagers = (squares[key] / DRAWS[dtype]).sqrt().tolist()
-        assert ours <= 2 * eagers + floor / DRAWS[dtype], key
-        ours, eagers = largest[key].tolist()
-        assert ours <= 2 * eagers + floor, key
+            ours, eagers = ((found[key].double() - x).abs() for found in (actual, eager))
+            # Half a rounding of the largest number in float32, where eager code is luckier than that.
+            floor = 3e-8 * x.abs().max()
+            mean = ours.square().mean().sqrt() / (eagers.square().mean().sqrt() + floor)
+            worst = ours.max() / (eagers.max() + floor)
+            ratios[key].append((mean.item(), worst.item()))
+    for key, pairs in ratios.items():
+        for values in zip(*pairs, strict=True):
+            assert statistics.median(values) <= 2, key
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -101,7 +101,8 @@ Tensor sum_in_order(const Tensor& terms) {
 }
 
 void run(const std::vector<Stage>& stages, int64_t heads) {
-    if (heads >= 4 * at::get_num_threads()) {
+    const int64_t threads = at::get_num_threads();
+    if (heads % threads == 0 || heads >= 4 * threads) { // even shares, or nearly
         size_t size = 0;
         for (const Stage& stage : stages) size = std::max(size, stage.scratch);
         at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {

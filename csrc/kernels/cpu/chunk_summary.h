@@ -27,8 +27,7 @@ struct SummaryScratch {
     T *landmark_key, *landmark_query, *grad_a, *grad_b, *grad_mean;             // [kChunksPerTask, ld]
     T *row, *beta;                                                              // [ld]
     T *key_rstd, *query_rstd, *divisor;                                         // [kChunksPerTask]
-    double *logits, *grad_p;                                                    // [members]
-    T* weights;                                                                 // [members, whole vectors]
+    double *weights, *grad_p;                                                   // [members]
     Members members;
     size_t bytes;
 
@@ -43,9 +42,8 @@ struct SummaryScratch {
         key_rstd = arena.take<T>(kChunksPerTask);
         query_rstd = arena.take<T>(kChunksPerTask);
         divisor = arena.take<T>(kChunksPerTask);
-        logits = arena.take<double>(size);
+        weights = arena.take<double>(size);
         grad_p = arena.take<double>(size);
-        weights = arena.take<T>(whole_vectors<T>(size));
         members.token = arena.take<int32_t>(size);
         members.place = arena.take<int32_t>(size);
         bytes = arena.used();
@@ -153,7 +151,7 @@ inline void prefetch_chunk(std::initializer_list<const Rows*> tensors, const Sha
         prefetch<S>(tensors, g, group.batch, group.head, g.chunk_box(group.first + i), shape.head_dim);
 }
 
-// The softmax weights of a chunk's members.
+// The softmax weights of a chunk's members, in double: where one is all but 1, gradients are what is left.
 template <class S, class T>
 inline void chunk_weights(const SummaryParams& p, const ChunkGroup& group, const SummaryScratch<T>& s,
                           const T* omega) {
@@ -161,19 +159,12 @@ inline void chunk_weights(const SummaryParams& p, const ChunkGroup& group, const
     double top = -__builtin_inf();
     for (int64_t j = 0; j < count; ++j) {
         const T* key = view_row<S, T>(p.key, group.batch, group.head, s.members.token[j], head_dim, s.row);
-        s.logits[j] = chunk_logit(p.scale, omega, key, head_dim);
-        top = s.logits[j] > top ? s.logits[j] : top;
+        s.weights[j] = chunk_logit(p.scale, omega, key, head_dim);
+        top = s.weights[j] > top ? s.weights[j] : top;
     }
-    for (int64_t j = 0; j < count; ++j) s.weights[j] = static_cast<T>(s.logits[j] - top);
-    for (int64_t j = count; j % kWidth<T> != 0; ++j) s.weights[j] = -infinity<T>();
-    Vec<T> total{};
-    for (int64_t j = 0; j < count; j += kWidth<T>) {
-        const Vec<T> e = exp(load(s.weights + j));
-        store(s.weights + j, e);
-        total += e;
-    }
-    const Vec<T> factor = splat(T(1) / sum<T>(total));
-    for (int64_t j = 0; j < count; j += kWidth<T>) store(s.weights + j, load(s.weights + j) * factor);
+    double total = 0;
+    for (int64_t j = 0; j < count; ++j) total += s.weights[j] = __builtin_exp(s.weights[j] - top);
+    for (int64_t j = 0; j < count; ++j) s.weights[j] /= total;
 }
 
 template <class S, class T>
@@ -216,7 +207,7 @@ void chunk_summary_fwd(const SummaryParams& p, int64_t begin, int64_t end, char*
             chunk_weights<S, T>(p, group, s, omega);
             zero(s.beta, ld);
             for (int64_t j = 0; j < s.members.size; ++j)
-                add_scaled(s.beta, s.weights[j], row(p.value, j), head_dim);
+                add_scaled(s.beta, static_cast<T>(s.weights[j]), row(p.value, j), head_dim);
             store_elements(s.beta, head_dim,
                            static_cast<S*>(p.landmark_value) + (group.index + i) * head_dim);
         }
@@ -315,15 +306,14 @@ void chunk_summary_bwd(const SummaryParams& p, int64_t begin, int64_t end, char*
             double expectation = 0; // sum_j p_j (grad_beta . v_j)
             for (int64_t j = 0; j < s.members.size; ++j) {
                 s.grad_p[j] = exact_dot(grad_beta, row(p.value, j), head_dim);
-                expectation += static_cast<double>(s.weights[j]) * s.grad_p[j];
+                expectation += s.weights[j] * s.grad_p[j];
             }
             T* terms = static_cast<T*>(p.member_terms) + (group.index + i) * member_stride;
             T* grad_omega = s.beta;
             zero(grad_omega, ld);
             for (int64_t j = 0; j < s.members.size; ++j) {
-                const T grad_product =
-                    static_cast<T>(p.scale * static_cast<double>(s.weights[j]) * (s.grad_p[j] - expectation));
-                terms[2 * s.members.place[j]] = s.weights[j];
+                const T grad_product = static_cast<T>(p.scale * s.weights[j] * (s.grad_p[j] - expectation));
+                terms[2 * s.members.place[j]] = static_cast<T>(s.weights[j]);
                 terms[2 * s.members.place[j] + 1] = grad_product;
                 if (has_mu) add_scaled(grad_omega, grad_product, row(p.key, j), head_dim);
             }
