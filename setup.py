@@ -151,10 +151,12 @@ else:
 
     cxx = ["-O3", "-g0", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"]
     cxx += ["-Wall", "-Wextra", *system_includes]
-    link = []
+    # Without it at::parallel_for is compiled to run on one thread, and says nothing.
+    link = ["-fopenmp"] if sys.platform == "linux" else []
+    cxx += link
     if sanitize:
         # vptr checks need the type info of classes that torch keeps hidden.
-        link = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+        link += ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
         # Python's own flags can hold -fwrapv, and signed overflow is then not undefined.
         cxx += [*link, "-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv"]
 

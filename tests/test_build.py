@@ -64,3 +64,10 @@ def test_a_package_without_its_library_says_how_to_build_it(tmp_path: Path) -> N
     stderr = import_a_copy(tmp_path)
     assert "ImportError: eva_attn is not built for this Python" in stderr
     assert "pip install" in stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' torch does not use OpenMP")
+def test_kernels_run_on_threads() -> None:
+    """Compiled without OpenMP, torch's `parallel_for` is a plain loop."""
+    library = Path(eva_attn._C.__file__).read_bytes()
+    assert b"GOMP_parallel" in library or b"__kmpc_fork_call" in library
