@@ -16,8 +16,8 @@ import eva_attn
 from eva_attn import decoding
 
 from . import harness
+from .attention import DTYPES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WARMUP = 2
 CPU_STEPS = 16  # that are timed together: alone, a step waits for its code more than for its data
 

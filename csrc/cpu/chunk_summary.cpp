@@ -49,26 +49,6 @@ Summary::Summary(const Call& call, const Geometry& geometry, const Tensor& key_m
           .grad_vectors = nullptr,
       } {}
 
-Summary::ProjectionTensors Summary::projection_tensors(const ProjectionWeights& weights,
-                                                       at::ScalarType accumulation) {
-    const auto padded_rows = [&](const OptionalTensor& tensor) {
-        return tensor ? pad_rows(tensor->to(accumulation)) : Tensor();
-    };
-    return {.weight = padded_rows(weights.weight),
-            .weight_t = weights.weight ? padded_rows(weights.weight->t()) : Tensor(),
-            .bias = padded_rows(weights.bias),
-            .norm_weight = padded_rows(weights.norm_weight),
-            .norm_bias = padded_rows(weights.norm_bias)};
-}
-
-Projection Summary::projection(const ProjectionTensors& tensors) {
-    return {.weight = data(tensors.weight),
-            .weight_t = data(tensors.weight_t),
-            .bias = data(tensors.bias),
-            .norm_weight = data(tensors.norm_weight),
-            .norm_bias = data(tensors.norm_bias)};
-}
-
 Stage Summary::forward(const Tensor& landmark_key, const Tensor& landmark_value) {
     params_.landmark_key = data(landmark_key);
     params_.landmark_value = data(landmark_value);

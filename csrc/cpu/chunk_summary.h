@@ -18,12 +18,6 @@ class Summary {
     void weight_gradients(const Tensors<8>& grad_weights) const;
 
   private:
-    struct ProjectionTensors {
-        Tensor weight, weight_t, bias, norm_weight, norm_bias;
-    };
-    static ProjectionTensors projection_tensors(const ProjectionWeights& weights,
-                                                at::ScalarType accumulation);
-    static Projection projection(const ProjectionTensors& tensors);
     int64_t tasks_per_head() const {
         return detail::ceil_div(params_.shape.geometry.num_chunks(), kChunksPerTask);
     }

@@ -27,8 +27,6 @@ bool ends_a_chunk(const DecodeParams& p) {
 
 void forward(const DecodeCall& decode, const Tensor& output) {
     const auto& [call, state, num_tokens, log_count_bias] = decode;
-    const auto& key = call.summary.key;
-    const auto& query = call.summary.query;
     const auto size = [](const c10::SymInt& size) { return size.guard_int(__FILE__, __LINE__); };
     const auto accumulation = state.key_sum.scalar_type();
     const Tensor counts = contiguous(num_tokens, at::kLong);
@@ -55,8 +53,8 @@ void forward(const DecodeCall& decode, const Tensor& output) {
         .position = state.head_position.mutable_data_ptr<int64_t>(),
         .key_projection = {},
         .query_projection = {},
-        .has_projection = key.weight.has_value(),
-        .has_query_projection = query.weight.has_value(),
+        .has_projection = call.summary.key.weight.has_value(),
+        .has_query_projection = call.summary.query.weight.has_value(),
         .norm_eps = call.summary.norm_eps,
         .scale = scale_of(call),
         .relative_bias = data(bias),
@@ -67,24 +65,12 @@ void forward(const DecodeCall& decode, const Tensor& output) {
     };
     if (log_count_bias) params.landmark_bias = std::log(static_cast<double>(params.chunk_size));
 
-    std::vector<Tensor> weights; // what the projections point into
-    const auto projection = [&](const ProjectionWeights& given) {
-        Tensor weight = contiguous(given.weight, accumulation);
-        if (weight.defined()) weight = pad_rows(weight);
-        const Tensor vectors[] = {contiguous(given.bias, accumulation),
-                                  contiguous(given.norm_weight, accumulation),
-                                  contiguous(given.norm_bias, accumulation)};
-        weights.push_back(weight);
-        weights.insert(weights.end(), std::begin(vectors), std::end(vectors));
-        return Projection{.weight = data(weight),
-                          .weight_t = nullptr,
-                          .bias = data(vectors[0]),
-                          .norm_weight = data(vectors[1]),
-                          .norm_bias = data(vectors[2])};
-    };
+    ProjectionTensors key_projection, query_projection;
     if (ends_a_chunk(params)) {
-        params.key_projection = projection(key);
-        params.query_projection = projection(query);
+        key_projection = projection_tensors(call.summary.key, accumulation);
+        query_projection = projection_tensors(call.summary.query, accumulation);
+        params.key_projection = projection(key_projection);
+        params.query_projection = projection(query_projection);
     }
 
     const Kernels& kernels = kernels_for(call.query.scalar_type());

@@ -6,25 +6,9 @@
 #include <ATen/ops/zeros.h>
 #include <algorithm>
 #include <c10/core/CPUAllocator.h>
-#include <cmath>
 
 namespace eva_attn::cpu {
 namespace {
-
-DType kernel_dtype(at::ScalarType dtype) {
-    switch (dtype) {
-    case at::kFloat:
-        return DType::kFloat;
-    case at::kDouble:
-        return DType::kDouble;
-    case at::kBFloat16:
-        return DType::kBFloat16;
-    case at::kHalf:
-        return DType::kHalf;
-    default:
-        TORCH_CHECK_TYPE(false, "dtype must be Float, Double, BFloat16 or Half, got ", dtype);
-    }
-}
 
 // As torch does, and so does ATEN_CPU_CAPABILITY.
 InstructionSet instruction_set() {
@@ -41,21 +25,6 @@ const Kernels& kernels_for(at::ScalarType dtype) {
     return kernels(found, kernel_dtype(dtype));
 }
 
-Shape shape_of(const Call& call, const Geometry& geometry) {
-    return Shape{.batch = call.query.size(0),
-                 .heads = call.query.size(1),
-                 .head_dim = call.query.size(3),
-                 .geometry = geometry};
-}
-
-double scale_of(const Call& call) {
-    return call.scale.value_or(1 / std::sqrt(static_cast<double>(call.query.size(3))));
-}
-
-Tensor contiguous(const OptionalTensor& tensor, at::ScalarType dtype) {
-    return tensor ? tensor->to(dtype).contiguous() : Tensor();
-}
-
 Tensor pad_rows(const Tensor& tensor) {
     std::vector<int64_t> shape = tensor.sizes().vec();
     const int64_t head_dim = shape.back();
@@ -63,6 +32,25 @@ Tensor pad_rows(const Tensor& tensor) {
     const Tensor result = at::zeros(shape, tensor.options());
     result.narrow(-1, 0, head_dim).copy_(tensor);
     return result;
+}
+
+ProjectionTensors projection_tensors(const ProjectionWeights& weights, at::ScalarType accumulation) {
+    const auto padded_rows = [&](const OptionalTensor& tensor) {
+        return tensor ? pad_rows(tensor->to(accumulation)) : Tensor();
+    };
+    return {.weight = padded_rows(weights.weight),
+            .weight_t = weights.weight ? padded_rows(weights.weight->t()) : Tensor(),
+            .bias = padded_rows(weights.bias),
+            .norm_weight = padded_rows(weights.norm_weight),
+            .norm_bias = padded_rows(weights.norm_bias)};
+}
+
+Projection projection(const ProjectionTensors& tensors) {
+    return {.weight = data(tensors.weight),
+            .weight_t = data(tensors.weight_t),
+            .bias = data(tensors.bias),
+            .norm_weight = data(tensors.norm_weight),
+            .norm_bias = data(tensors.norm_bias)};
 }
 
 Tensor chunk_extents(const Shape& shape, const Tensor& mask) {

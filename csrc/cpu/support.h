@@ -5,31 +5,26 @@
 #include <vector>
 
 #include "kernels/cpu/params.h"
-#include "ops/call.h"
+#include "ops/kernel_arguments.h"
 
 namespace eva_attn::cpu {
 
 const Kernels& kernels_for(at::ScalarType dtype);
 
-inline Rows rows(const Tensor& tensor) {
-    return Rows{tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
-}
-inline void* data(const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
-
-Shape shape_of(const Call& call, const Geometry& geometry);
-double scale_of(const Call& call);
-// Contiguous, in the dtype; undefined where there is none.
-Tensor contiguous(const OptionalTensor& tensor, at::ScalarType dtype);
 // Rows [..., D] to [..., padded(D)], zeros behind.
 Tensor pad_rows(const Tensor& tensor);
+
+// What a Projection points into.
+struct ProjectionTensors {
+    Tensor weight, weight_t, bias, norm_weight, norm_bias;
+};
+ProjectionTensors projection_tensors(const ProjectionWeights& weights, at::ScalarType accumulation);
+Projection projection(const ProjectionTensors& tensors);
+
 // int32 [B or 1, C, 4]; `mask` is bool [B, N], contiguous, or undefined.
 Tensor chunk_extents(const Shape& shape, const Tensor& mask);
 // The sum along dimension 0, always in the same order.
 Tensor sum_in_order(const Tensor& terms);
-
-inline const bool* mask_data(const Tensor& mask) {
-    return mask.defined() ? mask.const_data_ptr<bool>() : nullptr;
-}
 
 // A kernel with its params: tasks for each (batch, head) in turn, and the scratch that a thread needs.
 struct Stage {

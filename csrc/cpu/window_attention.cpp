@@ -2,7 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <cmath>
+#include <algorithm>
 
 #include "ops/window_attention.h"
 
@@ -15,13 +15,6 @@ constexpr int64_t kTasks = 16;
 int64_t count_pieces(const Shape& shape) {
     const int64_t wanted = detail::ceil_div(kTasks, std::max<int64_t>(shape.batch * shape.heads, 1));
     return std::max<int64_t>(std::min(wanted, shape.geometry.num_windows()), 1);
-}
-
-Dropout dropout_of(const AttentionOptions& options) {
-    if (options.dropout_p == 0) return Dropout{.seed = 0, .threshold = 0, .scale = 1};
-    return Dropout{.seed = static_cast<uint64_t>(*options.dropout_seed->const_data_ptr<int64_t>()),
-                   .threshold = static_cast<uint64_t>(std::ceil(std::ldexp(options.dropout_p, 32))),
-                   .scale = 1 / (1 - options.dropout_p)};
 }
 
 } // namespace
@@ -37,6 +30,9 @@ Attention::Attention(const Call& call, const Geometry& geometry, const OptionalT
       logsumexp_(logsumexp.contiguous()) {
     const Shape shape = shape_of(call, geometry);
     if (landmark_key) extents_ = chunk_extents(shape, mask_);
+    Dropout dropout = dropout_of(call.attention);
+    if (dropout.threshold)
+        dropout.seed = static_cast<uint64_t>(*call.attention.dropout_seed->const_data_ptr<int64_t>());
     const bool one_bias = relative_bias_.defined() && relative_bias_.size(0) == 1;
     params_ = AttentionParams{
         .shape = shape,
@@ -53,7 +49,7 @@ Attention::Attention(const Call& call, const Geometry& geometry, const OptionalT
         .relative_bias_head_stride = one_bias ? 0 : geometry.bias_height * geometry.bias_width,
         .key_padding_mask = mask_data(mask_),
         .exclude_window_landmarks = call.attention.exclude_window_landmarks,
-        .dropout = dropout_of(call.attention),
+        .dropout = dropout,
         .scale = scale_of(call),
         .pieces = count_pieces(shape),
         .output = rows(output_),

@@ -15,7 +15,7 @@ Summary::Summary(const Call& call, const Geometry& geometry, const Tensor& key_m
       noise_(contiguous(call.summary.noise, key_mean.scalar_type())), key_mean_(key_mean.contiguous()),
       query_mean_(query_mean.contiguous()),
       params_{
-          .shape = shape_of(call, geometry),
+          .shape = checked_shape(call, geometry),
           .query = rows(call.query),
           .key = rows(call.key),
           .value = rows(call.value),
@@ -32,27 +32,6 @@ Summary::Summary(const Call& call, const Geometry& geometry, const Tensor& key_m
           .key_mean = data(key_mean_),
           .query_mean = data(query_mean_),
       } {}
-
-Summary::ProjectionTensors Summary::projection_tensors(const ProjectionWeights& weights,
-                                                       at::ScalarType accumulation) {
-    if (!weights.weight) return {};
-    at::ScalarType dtype = weights.weight->scalar_type();
-    for (const OptionalTensor* other : {&weights.bias, &weights.norm_weight, &weights.norm_bias})
-        if (*other && (*other)->scalar_type() != dtype) dtype = accumulation;
-    return {.weight = contiguous(weights.weight, dtype),
-            .bias = contiguous(weights.bias, dtype),
-            .norm_weight = contiguous(weights.norm_weight, dtype),
-            .norm_bias = contiguous(weights.norm_bias, dtype)};
-}
-
-Projection Summary::projection(const ProjectionTensors& tensors) {
-    if (!tensors.weight.defined()) return {};
-    return {.dtype = kernel_dtype(tensors.weight.scalar_type()),
-            .weight = data(tensors.weight),
-            .bias = data(tensors.bias),
-            .norm_weight = data(tensors.norm_weight),
-            .norm_bias = data(tensors.norm_bias)};
-}
 
 void Summary::forward(const Tensor& landmark_key, const Tensor& landmark_value, cudaStream_t stream) {
     params_.landmark_key = data(landmark_key);

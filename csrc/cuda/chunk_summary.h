@@ -19,13 +19,6 @@ class Summary {
     const SummaryParams& params() const { return params_; }
 
   private:
-    struct ProjectionTensors {
-        Tensor weight, bias, norm_weight, norm_bias; // of one dtype
-    };
-    static ProjectionTensors projection_tensors(const ProjectionWeights& weights,
-                                                at::ScalarType accumulation);
-    static Projection projection(const ProjectionTensors& tensors);
-
     DType dtype_;
     ProjectionTensors key_projection_, query_projection_;
     Tensor mask_, noise_, key_mean_, query_mean_;

@@ -13,28 +13,17 @@ void forward(const DecodeCall& decode, const Tensor& output) {
     const Tensor& query = call.query;
     const auto size = [](const c10::SymInt& size) { return size.guard_int(__FILE__, __LINE__); };
     const int64_t num_landmarks = state.landmark_key.size(2), chunk_size = size(call.geometry.chunk_width);
-    TORCH_CHECK_VALUE(query.size(3) <= kMaxHeadDim, "query must have a head_dim of at most ", kMaxHeadDim,
-                      " on CUDA, got shape ", query.sizes());
+    check_head_dim(query);
     TORCH_CHECK_VALUE(state.window_key.size(2) + num_landmarks <= std::numeric_limits<int32_t>::max() / 2,
                       "window_key and landmark_key must have fewer than 2^30 rows on CUDA, got shapes ",
                       state.window_key.sizes(), " and ", state.landmark_key.sizes());
 
-    std::vector<Tensor> kept; // what params point into
-    const auto keep = [&](const OptionalTensor& tensor, at::ScalarType dtype) {
-        return data(kept.emplace_back(contiguous(tensor, dtype)));
-    };
-    const auto projection = [&](const ProjectionWeights& weights) {
-        if (!weights.weight) return Projection{};
-        at::ScalarType dtype = weights.weight->scalar_type();
-        for (const OptionalTensor* other : {&weights.bias, &weights.norm_weight, &weights.norm_bias})
-            if (*other && (*other)->scalar_type() != dtype) dtype = state.key_sum.scalar_type();
-        return Projection{.dtype = kernel_dtype(dtype),
-                          .weight = keep(weights.weight, dtype),
-                          .bias = keep(weights.bias, dtype),
-                          .norm_weight = keep(weights.norm_weight, dtype),
-                          .norm_bias = keep(weights.norm_bias, dtype)};
-    };
-    const OptionalTensor& bias = call.attention.relative_bias;
+    const ProjectionTensors key_projection =
+        projection_tensors(call.summary.key, state.key_sum.scalar_type());
+    const ProjectionTensors query_projection =
+        projection_tensors(call.summary.query, state.key_sum.scalar_type());
+    const Tensor counts = contiguous(num_tokens, at::kLong);
+    const Tensor bias = call.attention.relative_bias ? call.attention.relative_bias->contiguous() : Tensor();
     const DType dtype = kernel_dtype(query.scalar_type());
     const DecodeParams params{
         .batch = query.size(0),
@@ -48,7 +37,7 @@ void forward(const DecodeCall& decode, const Tensor& output) {
         .query = rows(query),
         .key = rows(call.key),
         .value = rows(call.value),
-        .num_tokens = static_cast<const int64_t*>(keep(num_tokens, at::kLong)),
+        .num_tokens = static_cast<const int64_t*>(data(counts)),
         .window_key = data(state.window_key),
         .window_value = data(state.window_value),
         .landmark_key = data(state.landmark_key),
@@ -56,15 +45,15 @@ void forward(const DecodeCall& decode, const Tensor& output) {
         .key_sum = data(state.key_sum),
         .query_sum = data(state.query_sum),
         .position = state.head_position.mutable_data_ptr<int64_t>(),
-        .key_projection = projection(call.summary.key),
-        .query_projection = projection(call.summary.query),
+        .key_projection = projection(key_projection),
+        .query_projection = projection(query_projection),
         .has_projection = call.summary.key.weight.has_value(),
         .has_query_projection = call.summary.query.weight.has_value(),
         .norm_eps = call.summary.norm_eps,
         .scale = scale_of(call),
-        .relative_bias_dtype = bias ? kernel_dtype(bias->scalar_type()) : dtype,
-        .relative_bias = bias ? keep(bias, bias->scalar_type()) : nullptr,
-        .relative_bias_head_stride = bias && bias->size(0) > 1 ? bias->size(2) : 0,
+        .relative_bias_dtype = bias.defined() ? kernel_dtype(bias.scalar_type()) : dtype,
+        .relative_bias = data(bias),
+        .relative_bias_head_stride = bias.defined() && bias.size(0) > 1 ? bias.stride(0) : 0,
         .landmark_bias = log_count_bias ? std::log(static_cast<double>(chunk_size)) : 0,
         .exclude_window_landmarks = call.attention.exclude_window_landmarks,
         .output = rows(output),

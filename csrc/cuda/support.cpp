@@ -2,7 +2,6 @@
 
 #include <ATen/ops/sum.h>
 #include <c10/util/Exception.h>
-#include <cmath>
 #include <limits>
 
 namespace eva_attn::cuda {
@@ -25,21 +24,6 @@ bool on_tensor_cores(DType dtype, const char* reason) {
 }
 
 } // namespace
-
-DType kernel_dtype(at::ScalarType dtype) {
-    switch (dtype) {
-    case at::kFloat:
-        return DType::kFloat;
-    case at::kDouble:
-        return DType::kDouble;
-    case at::kBFloat16:
-        return DType::kBFloat16;
-    case at::kHalf:
-        return DType::kHalf;
-    default:
-        TORCH_CHECK_TYPE(false, "dtype must be Float, Double, BFloat16 or Half, got ", dtype);
-    }
-}
 
 SummaryForward forward_for(DType dtype, const SummaryParams& params) {
     return on_tensor_cores(dtype, mma::supports(dtype, params)) ? mma::chunk_summary_fwd
@@ -64,25 +48,37 @@ AttentionBackward backward_for(DType dtype, const AttentionParams&) {
             .bias_pieces = simt::bias_pieces};
 }
 
-Shape shape_of(const Call& call, const Geometry& geometry) {
-    const Tensor& query = call.query;
+void check_head_dim(const Tensor& query) {
     TORCH_CHECK_VALUE(query.size(3) <= kMaxHeadDim, "query must have a head_dim of at most ", kMaxHeadDim,
                       " on CUDA, got shape ", query.sizes());
+}
+
+Shape checked_shape(const Call& call, const Geometry& geometry) {
+    const Tensor& query = call.query;
+    check_head_dim(query);
     TORCH_CHECK_VALUE(query.size(2) + geometry.num_chunks() <= std::numeric_limits<int32_t>::max(),
                       "query must have fewer than 2^31 tokens and chunks on CUDA, got shape ", query.sizes());
-    return Shape{
-        .batch = query.size(0), .heads = query.size(1), .head_dim = query.size(3), .geometry = geometry};
+    return shape_of(call, geometry);
 }
 
-double scale_of(const Call& call) {
-    return call.scale.value_or(1 / std::sqrt(static_cast<double>(call.query.size(3))));
+ProjectionTensors projection_tensors(const ProjectionWeights& weights, at::ScalarType accumulation) {
+    if (!weights.weight) return {};
+    at::ScalarType dtype = weights.weight->scalar_type();
+    for (const OptionalTensor* other : {&weights.bias, &weights.norm_weight, &weights.norm_bias})
+        if (*other && (*other)->scalar_type() != dtype) dtype = accumulation;
+    return {.weight = contiguous(weights.weight, dtype),
+            .bias = contiguous(weights.bias, dtype),
+            .norm_weight = contiguous(weights.norm_weight, dtype),
+            .norm_bias = contiguous(weights.norm_bias, dtype)};
 }
 
-Tensor contiguous(const OptionalTensor& tensor, at::ScalarType dtype) {
-    if (!tensor) return {};
-    // The usual case, without two trips through the dispatcher.
-    if (tensor->scalar_type() == dtype && tensor->is_contiguous()) return *tensor;
-    return tensor->to(dtype).contiguous();
+Projection projection(const ProjectionTensors& tensors) {
+    if (!tensors.weight.defined()) return {};
+    return {.dtype = kernel_dtype(tensors.weight.scalar_type()),
+            .weight = data(tensors.weight),
+            .bias = data(tensors.bias),
+            .norm_weight = data(tensors.norm_weight),
+            .norm_bias = data(tensors.norm_bias)};
 }
 
 void sum_into(Tensor out, const Tensor& terms, at::IntArrayRef dims) {

@@ -5,11 +5,9 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "kernels/cuda/launch.h"
-#include "ops/call.h"
+#include "ops/kernel_arguments.h"
 
 namespace eva_attn::cuda {
-
-DType kernel_dtype(at::ScalarType dtype);
 
 // The kernels for one problem: those for tensor cores where they take it.
 using SummaryForward = decltype(&simt::chunk_summary_fwd);
@@ -30,18 +28,17 @@ AttentionForward forward_for(DType dtype, const AttentionParams& params);
 SummaryBackward backward_for(DType dtype, const SummaryParams& params);
 AttentionBackward backward_for(DType dtype, const AttentionParams& params);
 
-inline Rows rows(const Tensor& tensor) {
-    return Rows{tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
-}
-inline void* data(const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
-inline const bool* mask_data(const Tensor& mask) {
-    return mask.defined() ? mask.const_data_ptr<bool>() : nullptr;
-}
+void check_head_dim(const Tensor& query);
+// ValueError for what is too large for 32-bit counters.
+Shape checked_shape(const Call& call, const Geometry& geometry);
 
-Shape shape_of(const Call& call, const Geometry& geometry);
-double scale_of(const Call& call);
-// Contiguous, in the dtype; undefined where there is none.
-Tensor contiguous(const OptionalTensor& tensor, at::ScalarType dtype);
+// What a Projection points into, of one dtype: `accumulation` where they differ.
+struct ProjectionTensors {
+    Tensor weight, bias, norm_weight, norm_bias;
+};
+ProjectionTensors projection_tensors(const ProjectionWeights& weights, at::ScalarType accumulation);
+Projection projection(const ProjectionTensors& tensors);
+
 // The sum along the dimensions, rounded to the dtype of `out` once.
 void sum_into(Tensor out, const Tensor& terms, at::IntArrayRef dims);
 

@@ -2,22 +2,10 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <cmath>
 
 #include "ops/window_attention.h"
 
 namespace eva_attn::cuda {
-namespace {
-
-Dropout dropout_of(const AttentionOptions& options) {
-    if (options.dropout_p == 0) return Dropout{.seed = 0, .threshold = 0, .scale = 1};
-    return Dropout{.seed = 0, // read on the device
-                   .threshold = static_cast<uint64_t>(std::ceil(std::ldexp(options.dropout_p, 32))),
-                   .scale = 1 / (1 - options.dropout_p)};
-}
-
-} // namespace
-
 Attention::Attention(const Call& call, const Geometry& geometry, const OptionalTensor& landmark_key,
                      const OptionalTensor& landmark_value, const Tensor& output, const Tensor& logsumexp,
                      cudaStream_t stream)
@@ -28,7 +16,7 @@ Attention::Attention(const Call& call, const Geometry& geometry, const OptionalT
       relative_bias_(contiguous(call.attention.relative_bias, logsumexp.scalar_type())),
       mask_(contiguous(call.key_padding_mask, at::kBool)), output_(output),
       logsumexp_(logsumexp.contiguous()) {
-    const Shape shape = shape_of(call, geometry);
+    const Shape shape = checked_shape(call, geometry);
     const auto& [relative_bias, landmark_bias, dropout_seed, dropout_p, exclude] = call.attention;
     if (landmark_key && (mask_.defined() || exclude)) {
         const int64_t batch = mask_.defined() ? shape.batch : 1;

@@ -7,7 +7,7 @@ class DecodingHead {
     DecodingHead(const DecodeParams& p, char* scratch)
         : p(p), head_dim(p.head_dim), slots(p.window_size + p.overlap) {
         Arena arena(scratch);
-        for (T** vector : {&query, &row, &out, &mean, &landmark_key, &landmark_query, &omega})
+        for (T** vector : {&query, &row, &out, &mean, &linear, &hat, &landmark_key, &landmark_query, &omega})
             *vector = arena.take<T>(padded(head_dim));
         logits = arena.take<T>(padded(slots + p.num_landmarks));
         chunk_logits = arena.take<double>(p.chunk_size);
@@ -41,11 +41,7 @@ class DecodingHead {
 
     // A row of the state in T, zeros behind head_dim up to a whole vector.
     const T* load_state(const S* from) const {
-        if constexpr (sizeof(S) == sizeof(T))
-            if (head_dim % kWidth<T> == 0) return from;
-        const Rows rows{const_cast<S*>(from), 0, 0, 0, 1};
-        load_row<S, T>(rows, 0, 0, 0, head_dim, row);
-        return row;
+        return view_row<S, T>(Rows{const_cast<S*>(from), 0, 0, 0, 1}, 0, 0, 0, head_dim, row);
     }
 
     void keep(const Rows& rows, int64_t token, void* window) const {
@@ -117,8 +113,8 @@ class DecodingHead {
     void end_chunk() {
         const int64_t chunk = position / p.chunk_size, first = chunk * p.chunk_size;
         const bool has_mu = !p.has_projection || p.has_query_projection;
-        project(p.key_projection, sum_of(p.key_sum), landmark_key);
-        if (has_mu) project(p.query_projection, sum_of(p.query_sum), landmark_query);
+        project_mean(p.key_projection, sum_of(p.key_sum), landmark_key);
+        if (has_mu) project_mean(p.query_projection, sum_of(p.query_sum), landmark_query);
         zero(omega, padded(head_dim));
         for (int64_t d = 0; has_mu && d < head_dim; ++d) omega[d] = landmark_query[d] + landmark_key[d];
 
@@ -134,38 +130,26 @@ class DecodingHead {
         for (int64_t j = 0; j < p.chunk_size; ++j)
             add_scaled(out, static_cast<T>(chunk_logits[j] / total),
                        load_state(slot(p.window_value, first + j)), head_dim);
-        S *key = landmark(p.landmark_key, chunk), *value = landmark(p.landmark_value, chunk);
-        for (int64_t d = 0; d < head_dim; ++d) convert(landmark_key[d], key[d]), convert(out[d], value[d]);
+        store_elements(landmark_key, head_dim, landmark(p.landmark_key, chunk));
+        store_elements(out, head_dim, landmark(p.landmark_value, chunk));
     }
 
-    // landmark = A(mean)
-    void project(const Projection& a, const T* chunk_sum, T* landmark) const {
-        const T n = static_cast<T>(head_dim);
-        T* const x = p.has_projection ? mean : landmark;
-        for (int64_t d = 0; d < padded(head_dim); ++d)
-            x[d] = d < head_dim ? chunk_sum[d] / static_cast<T>(p.chunk_size) : T(0);
-        if (!p.has_projection) return;
-        const T *weight = static_cast<const T*>(a.weight), *bias = static_cast<const T*>(a.bias);
-        const T *norm_weight = static_cast<const T*>(a.norm_weight),
-                *norm_bias = static_cast<const T*>(a.norm_bias);
-        for (int64_t d = 0; d < head_dim; ++d)
-            landmark[d] = dot(weight + d * padded(head_dim), mean, head_dim) + (bias ? bias[d] : T(0));
-        if (!norm_weight) return;
-        T center = 0, variance = 0;
-        for (int64_t d = 0; d < head_dim; ++d) center += landmark[d] / n;
-        for (int64_t d = 0; d < head_dim; ++d)
-            variance += (landmark[d] - center) * (landmark[d] - center) / n;
-        const T rstd = T(1) / static_cast<T>(__builtin_sqrt(static_cast<double>(variance) + p.norm_eps));
-        for (int64_t d = 0; d < head_dim; ++d)
-            landmark[d] = (landmark[d] - center) * rstd * norm_weight[d] + (norm_bias ? norm_bias[d] : T(0));
+    // landmark = A(mean of the chunk)
+    void project_mean(const Projection& a, const T* chunk_sum, T* landmark) const {
+        zero(mean, padded(head_dim));
+        for (int64_t d = 0; d < head_dim; ++d) mean[d] = chunk_sum[d] / static_cast<T>(p.chunk_size);
+        T rstd;
+        project(a, p.has_projection, 1, head_dim, padded(head_dim), p.norm_eps, mean, linear, hat, &rstd,
+                landmark);
     }
 
     const DecodeParams& p;
     const int64_t head_dim, slots;
     int64_t bh = 0, batch = 0, head = 0, position = 0;
-    T *query, *row, *out, *mean, *landmark_key, *landmark_query, *omega; // [padded D]
-    T* logits;                                                           // [slots + landmarks]
-    double* chunk_logits;                                                // [chunk_size]
+    T *query, *row, *out;                                           // [padded D]
+    T *mean, *linear, *hat, *landmark_key, *landmark_query, *omega; // [padded D]
+    T* logits;                                                      // [slots + landmarks]
+    double* chunk_logits;                                           // [chunk_size]
 };
 
 template <class S, class T>

@@ -5,23 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/geometry.h"
 #include "kernels/philox.h"
+#include "kernels/tensors.h"
 
 namespace eva_attn::cpu {
-
-enum class DType { kFloat, kDouble, kBFloat16, kHalf };
-
-// A [B, H, N, D] tensor.
-struct Rows {
-    void* data;
-    int64_t batch_stride, head_stride, token_stride, dim_stride;
-};
-
-struct Shape {
-    int64_t batch, heads, head_dim;
-    Geometry geometry;
-};
 
 constexpr int64_t kLineElements = 16;
 
@@ -139,7 +126,7 @@ struct DecodeParams {
     void* key_sum;             // T [B, H, D], of the open chunk
     void* query_sum;           // T [B, H, D]
     int64_t* position;         // [B, H]
-    Projection key_projection, query_projection; // without weight_t; read where a chunk ends
+    Projection key_projection, query_projection; // read where a chunk ends
     bool has_projection;                         // false: identity
     bool has_query_projection;                   // false beside has_projection: "key-only", mu = 0
     double norm_eps, scale;

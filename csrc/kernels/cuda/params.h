@@ -4,25 +4,12 @@
 
 #include <cstdint>
 
-#include "kernels/geometry.h"
 #include "kernels/philox.h"
+#include "kernels/tensors.h"
 
 namespace eva_attn::cuda {
 
-enum class DType { kFloat, kDouble, kBFloat16, kHalf };
-
 constexpr int kMaxHeadDim = 256;
-
-// A [B, H, N, D] tensor.
-struct Rows {
-    void* data;
-    int64_t batch_stride, head_stride, token_stride, dim_stride;
-};
-
-struct Shape {
-    int64_t batch, heads, head_dim;
-    Geometry geometry;
-};
 
 // A = Linear(D, D), then LayerNorm(D). norm_weight null: no LayerNorm.
 struct Projection {

@@ -77,12 +77,6 @@ struct Chunk {
     }
 };
 
-template <class S, class T = Accumulator<S>>
-__device__ T weight_at(DType dtype, const void* weights, int64_t i) {
-    if (dtype == DType::kFloat) return static_cast<T>(static_cast<const float*>(weights)[i]);
-    return widen(static_cast<const S*>(weights)[i]);
-}
-
 // landmark = A(mean); returns 1 / the LayerNorm's deviation. `hat` holds its normalised input.
 template <class S, class T = Accumulator<S>>
 __device__ T project(const Projection& a, bool has_projection, double eps, int head_dim, const T* mean,

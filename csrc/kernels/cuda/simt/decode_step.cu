@@ -96,11 +96,6 @@ struct DecodingHead {
     }
     __device__ int wrapped(int i) const { return i < slots ? i : i - slots; }
 
-    __device__ T parameter(DType dtype, const void* data, int64_t i) const {
-        if (dtype == DType::kFloat) return static_cast<T>(static_cast<const float*>(data)[i]);
-        return widen(static_cast<const S*>(data)[i]);
-    }
-
     template <class Body>
     __device__ void for_channels(Body body) const {
         for (int d = static_cast<int>(threadIdx.x); d < head_dim; d += kDecodeThreads) body(d);
@@ -237,7 +232,7 @@ struct DecodingHead {
             [&](int j, T product) {
                 if (j >= num_keys) return scale * product + landmark_bias;
                 const T bias = p.relative_bias
-                                   ? parameter(p.relative_bias_dtype, p.relative_bias, bias_start + j)
+                                   ? weight_at<S>(p.relative_bias_dtype, p.relative_bias, bias_start + j)
                                    : T(0);
                 return scale * product + bias;
             },
@@ -253,9 +248,10 @@ struct DecodingHead {
         for (int row = warp(); row < head_dim; row += kDecodeWarps) {
             T product = 0;
             for (int d = lane(); d < head_dim; d += kLanes)
-                product += parameter(a.dtype, a.weight, static_cast<int64_t>(row) * head_dim + d) * mean[d];
+                product +=
+                    weight_at<S>(a.dtype, a.weight, static_cast<int64_t>(row) * head_dim + d) * mean[d];
             product = warp_sum(product);
-            if (lane() == 0) landmark[row] = product + (a.bias ? parameter(a.dtype, a.bias, row) : T(0));
+            if (lane() == 0) landmark[row] = product + (a.bias ? weight_at<S>(a.dtype, a.bias, row) : T(0));
         }
         __syncthreads();
         if (!a.norm_weight) return;
@@ -268,8 +264,8 @@ struct DecodingHead {
         const T rstd = T(1) / sqrt(variance + static_cast<T>(p.norm_eps));
         __syncthreads(); // every warp has read what is now overwritten
         for_channels([&](int d) {
-            landmark[d] = (landmark[d] - center) * rstd * parameter(a.dtype, a.norm_weight, d) +
-                          (a.norm_bias ? parameter(a.dtype, a.norm_bias, d) : T(0));
+            landmark[d] = (landmark[d] - center) * rstd * weight_at<S>(a.dtype, a.norm_weight, d) +
+                          (a.norm_bias ? weight_at<S>(a.dtype, a.norm_bias, d) : T(0));
         });
     }
 

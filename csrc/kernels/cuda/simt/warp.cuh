@@ -88,6 +88,13 @@ __device__ Row<S> row_of(const Rows& rows, int64_t batch, int64_t head, int64_t 
             rows.dim_stride};
 }
 
+// An element of a parameter, which is in float or in the tensors' dtype.
+template <class S, class T = Accumulator<S>>
+__device__ T weight_at(DType dtype, const void* parameter, int64_t i) {
+    if (dtype == DType::kFloat) return static_cast<T>(static_cast<const float*>(parameter)[i]);
+    return widen(static_cast<const S*>(parameter)[i]);
+}
+
 // Launches nothing where there is nothing to do.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, size_t shared_bytes, cudaStream_t stream,

@@ -1,0 +1,23 @@
+// What the kernels of every device are told about tensors.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/geometry.h"
+
+namespace eva_attn {
+
+enum class DType { kFloat, kDouble, kBFloat16, kHalf };
+
+// A [B, H, N, D] tensor; strides in elements.
+struct Rows {
+    void* data;
+    int64_t batch_stride, head_stride, token_stride, dim_stride;
+};
+
+struct Shape {
+    int64_t batch, heads, head_dim;
+    Geometry geometry;
+};
+
+} // namespace eva_attn
