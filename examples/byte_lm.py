@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import eva_attn
 
-from .running import DTYPES, Progress, autocast, write_atomically
+from .running import DTYPES, Progress, Run, add_fields, autocast, from_parsed
 
 BYTES = 256
 HELD_OUT = 20  # one of so many files, or of so many bytes of a single file
@@ -215,30 +215,16 @@ def read_text(path: Path | None) -> tuple[Tensor, Tensor]:
     return train, held_out
 
 
-class Training:
-    """A model with its optimizer, at a step of its run."""
+class Training(Run):
+    """A run on text."""
 
     def __init__(self, options: Options, train: Tensor, held_out: Tensor) -> None:
         for name, part in (("text to train on", train), ("text held out", held_out)):
             if len(part) <= options.context:
                 raise ValueError(f"context: the {name} has {len(part)} bytes, too few for {options.context}")
-        self.options, self.train, self.held_out = options, train, held_out
-        self.device = torch.device(options.device)
+        self.train, self.held_out = train, held_out
         torch.manual_seed(options.seed)
-        self.model = ByteModel(options).to(self.device)
-        decayed = [p for p in self.model.parameters() if p.dim() > 1]
-        others = [p for p in self.model.parameters() if p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": options.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=options.learning_rate,
-            betas=(0.9, 0.95),
-        )
-        self.step = 0
-        self.seconds = 0.0
-        self.curve: list[tuple[int, float, float]] = []  # (step, seconds, held-out bits per byte)
+        super().__init__(options, ByteModel(options).to(options.device), options.steps, betas=(0.9, 0.95))
 
     def advance(self) -> float:
         """One step; returns its loss in bits per byte."""
@@ -249,9 +235,7 @@ class Training:
             len(self.train) - options.context, (options.batch_size,), generator=generator
         ).tolist()
         text = torch.stack([self.train[i : i + options.context + 1] for i in starts]).to(self.device).long()
-        torch.manual_seed(options.seed * 1_000_003 + self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.learning_rate * self._schedule()
+        self.start_step()
         self.model.train()
         self.optimizer.zero_grad()
         loss = self._loss(text)
@@ -268,13 +252,6 @@ class Training:
             logits = self.model(text[:, :-1])
         return F.cross_entropy(logits.float().flatten(0, 1), text[:, 1:].flatten())
 
-    def _schedule(self) -> float:
-        """Factor of the learning rate: a linear rise over a tenth of the steps, then half a cosine."""
-        rise = max(1, self.options.steps // 10)
-        if self.step < rise:
-            return (self.step + 1) / rise
-        return 0.5 * (1 + math.cos(math.pi * (self.step - rise) / max(1, self.options.steps - rise)))
-
     @torch.inference_mode()
     def bits_per_byte(self) -> float:
         """Of the first `evaluated_bytes` held out, in pieces of `context`."""
@@ -287,31 +264,6 @@ class Training:
             for batch in text.split(self.options.batch_size)
         ]
         return float(sum(losses)) / pieces / math.log(2)
-
-    def save(self, path: Path) -> None:
-        content = {
-            "options": asdict(self.options),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "curve": self.curve,
-        }
-        write_atomically(path, lambda file: torch.save(content, file))
-
-    def restore(self, path: Path) -> None:
-        """Goes back to a checkpoint. ValueError where that is of a run with other options."""
-        content = torch.load(path, map_location=self.device, weights_only=True)
-        ours, theirs = asdict(self.options), content["options"]
-        if differing := [name for name in ours if ours[name] != theirs.get(name)]:
-            raise ValueError(
-                f"{path} is of another run: "
-                + ", ".join(f"{name} {theirs.get(name)!r} there, {ours[name]!r} here" for name in differing)
-            )
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.step, self.seconds = content["step"], content["seconds"]
-        self.curve = [tuple(point) for point in content["curve"]]
 
 
 def train(options: Options, text: tuple[Tensor, Tensor], checkpoint: Path, resume: bool) -> Training:
@@ -386,14 +338,7 @@ def stream(model: ByteModel, options: argparse.Namespace) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.byte_lm", description=__doc__)
     choices = {"attention": ["eva", "softmax", "window"], "dtype": list(DTYPES)}
-    for field in fields(Options):
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=type(field.default),
-            default=field.default,
-            choices=choices.get(field.name),
-            help=f"default: {field.default}",
-        )
+    add_fields(parser, Options(), choices)
     parser.add_argument("--text", type=Path, help="file or folder (default: the standard library's sources)")
     parser.add_argument("--output-dir", type=Path, default=Path("checkpoints"), help="default: checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if any")
@@ -419,8 +364,7 @@ def main(arguments: list[str] | None = None) -> None:
         model.load_state_dict(content["model"])
         stream(model, parsed)
         return
-    names = {field.name for field in fields(Options)}
-    options = Options(**{name: value for name, value in vars(parsed).items() if name in names})
+    options = from_parsed(Options, parsed)
     run = train(options, read_text(parsed.text), checkpoint, parsed.resume)
     parameters = sum(p.numel() for p in run.model.parameters())
     print(

@@ -19,13 +19,12 @@ from benchmarks import harness
 
 from . import digits
 from .digits import SIDE
-from .running import write_atomically
+from .running import from_parsed, write_atomically
 from .train_digits import (
     Options,
     Report,
     add_options,
     make_model,
-    options_of,
     train,
     train_step,
 )
@@ -160,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     if parsed.threads:
         torch.set_num_threads(parsed.threads)
-    options = options_of(parsed)
+    options = from_parsed(Options, parsed)
 
     train_set, test_set = digits.load(parsed.data)
     tokens = (SIDE // options.patch_size) ** 2

@@ -6,7 +6,7 @@ that was killed and goes on with `--resume` ends in the same weights as one that
 
 import argparse
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import digits
 from .digits import Digits
-from .running import DTYPES, Progress, autocast, write_atomically
+from .running import DTYPES, Progress, Run, add_fields, autocast, from_parsed
 from .vit import ATTENTION, VisionTransformer
 
 
@@ -28,7 +28,7 @@ class Options:
     width: int = 64
     depth: int = 2
     heads: int = 2
-    steps: int | None = None  # None: `epochs` decides
+    steps: int | None = field(default=None, metadata={"none": "as many as --epochs needs"})
     epochs: float = 1.0
     batch_size: int = 32
     learning_rate: float = 4e-3
@@ -63,41 +63,25 @@ def make_model(options: Options) -> VisionTransformer:
     ).to(options.device)
 
 
-class Training:
-    """A model with its optimizer, at a step of its run."""
+class Training(Run):
+    """A run on digits."""
+
+    RECORDS = (*Run.RECORDS, "losses")
 
     def __init__(self, options: Options, data: Digits) -> None:
-        self.options = options
         self.data = data
-        self.device = torch.device(options.device)
         self.steps_per_epoch = len(data) // options.batch_size
         if self.steps_per_epoch == 0:
             raise ValueError(f"batch_size: expected at most {len(data)} images, got {options.batch_size}")
-        self.total_steps = options.steps or max(1, round(options.epochs * self.steps_per_epoch))
-        self.step = 0
-        self.seconds = 0.0
+        total_steps = options.steps or max(1, round(options.epochs * self.steps_per_epoch))
+        super().__init__(options, make_model(options), total_steps, betas=(0.9, 0.98))
         self.losses: list[float] = []
-        self.curve: list[tuple[int, float, float]] = []
-
-        self.model = make_model(options)
-        decayed = [p for p in self.model.parameters() if p.dim() > 1]
-        others = [p for p in self.model.parameters() if p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": options.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=options.learning_rate,
-            betas=(0.9, 0.98),
-        )
 
     def advance(self) -> float:
         """One step; returns its loss."""
         start = time.perf_counter()
         images, labels = self._batch()
-        torch.manual_seed(self.options.seed * 1_000_003 + self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.options.learning_rate * self._schedule()
+        self.start_step()
         loss = train_step(self.model, self.optimizer, images, labels, self.options.dtype).item()
         self.seconds += time.perf_counter() - start
         self.step += 1
@@ -111,41 +95,6 @@ class Training:
             self._order = torch.randperm(len(self.data), generator=generator)
         chosen = self._order[position * self.options.batch_size : (position + 1) * self.options.batch_size]
         return self.data.images[chosen].to(self.device), self.data.labels[chosen].to(self.device)
-
-    def _schedule(self) -> float:
-        """Factor of the learning rate: a linear rise over a tenth of the steps, then half a cosine."""
-        rise = max(1, self.total_steps // 10)
-        if self.step < rise:
-            return (self.step + 1) / rise
-        done = (self.step - rise) / max(1, self.total_steps - rise)
-        return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * done, dtype=torch.float64))))
-
-    def save(self, path: Path) -> None:
-        """Writes the checkpoint. A kill at any moment leaves the old one or the new one, whole."""
-        content = {
-            "options": asdict(self.options),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "losses": self.losses,
-            "curve": self.curve,
-        }
-        write_atomically(path, lambda file: torch.save(content, file))
-
-    def restore(self, path: Path) -> None:
-        """Goes back to a checkpoint. ValueError where that is of a run with other options."""
-        content = torch.load(path, map_location=self.device, weights_only=True)
-        ours, theirs = asdict(self.options), content["options"]
-        if differing := [name for name in ours if ours[name] != theirs.get(name)]:
-            raise ValueError(
-                f"{path} is of another run: "
-                + ", ".join(f"{name} {theirs.get(name)!r} there, {ours[name]!r} here" for name in differing)
-            )
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.step, self.seconds = content["step"], content["seconds"]
-        self.losses, self.curve = content["losses"], [tuple(point) for point in content["curve"]]
 
 
 def train_step(
@@ -212,18 +161,7 @@ def train(
 
 def add_options(parser: argparse.ArgumentParser, defaults: Options, without: tuple[str, ...] = ()) -> None:
     """An argument for each field of `Options`, and those that say where to read and write."""
-    choices = {"attention": list(ATTENTION), "dtype": list(DTYPES)}
-    for field in fields(Options):
-        if field.name in without:
-            continue
-        default = getattr(defaults, field.name)
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=int if default is None else type(default),
-            default=default,
-            choices=choices.get(field.name),
-            help="default: as many as --epochs needs" if default is None else f"default: {default}",
-        )
+    add_fields(parser, defaults, {"attention": list(ATTENTION), "dtype": list(DTYPES)}, without)
     parser.add_argument("--data", type=Path, help="folder of mnist_train.csv and mnist_test.csv")
     parser.add_argument(
         "--output-dir", type=Path, default=Path("demo"), help="for checkpoints (default: demo)"
@@ -234,18 +172,13 @@ def add_options(parser: argparse.ArgumentParser, defaults: Options, without: tup
     parser.add_argument("--threads", type=int, help="CPU threads")
 
 
-def options_of(parsed: argparse.Namespace) -> Options:
-    names = {field.name for field in fields(Options)}
-    return Options(**{name: value for name, value in vars(parsed).items() if name in names})
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.train_digits", description=__doc__)
     add_options(parser, Options())
     parsed = parser.parse_args(arguments)
     if parsed.threads:
         torch.set_num_threads(parsed.threads)
-    options = options_of(parsed)
+    options = from_parsed(Options, parsed)
     checkpoint = parsed.output_dir / f"{options.attention}.pt"
     _, report = train(options, *digits.load(parsed.data), checkpoint, parsed.resume)
     print(
