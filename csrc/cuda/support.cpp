@@ -13,8 +13,6 @@ void tensor_core_attention_fwd(DType dtype, const AttentionParams& params, cudaS
     simt::prefix_attention_fwd(dtype, params, stream);
 }
 
-constexpr const char* kForwardOnly = "gradients have no kernels for them";
-
 // `reason` is why tensor cores do not take a problem; said once, where that costs several times the time.
 bool on_tensor_cores(DType dtype, const char* reason) {
     if (reason && dtype != DType::kFloat && dtype != DType::kDouble) {
@@ -34,14 +32,21 @@ AttentionForward forward_for(DType dtype, const AttentionParams& params) {
                                                                 : simt::window_attention_fwd;
 }
 
-SummaryBackward backward_for(DType dtype, const SummaryParams&) {
-    on_tensor_cores(dtype, kForwardOnly);
+SummaryBackward backward_for(DType dtype, const SummaryParams& params) {
+    if (on_tensor_cores(dtype, mma::supports_bwd(dtype, params)))
+        return {.run = mma::chunk_summary_bwd,
+                .projection_pieces = mma::projection_pieces,
+                .needs_projection_rows = false};
     return {.run = simt::chunk_summary_bwd,
             .projection_pieces = simt::projection_pieces,
             .needs_projection_rows = true};
 }
-AttentionBackward backward_for(DType dtype, const AttentionParams&) {
-    on_tensor_cores(dtype, kForwardOnly);
+AttentionBackward backward_for(DType dtype, const AttentionParams& params) {
+    if (on_tensor_cores(dtype, mma::supports_bwd(dtype, params)))
+        return {.run_global = mma::window_attention_bwd_global,
+                .run = mma::window_attention_bwd,
+                .global_pieces = mma::global_pieces,
+                .bias_pieces = mma::bias_pieces};
     return {.run_global = simt::window_attention_bwd_global,
             .run = simt::window_attention_bwd,
             .global_pieces = simt::global_pieces,

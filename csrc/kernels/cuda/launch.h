@@ -32,23 +32,35 @@ void window_attention_bwd_global(DType, const AttentionParams&, cudaStream_t);
 // grad_query, grad_key, grad_value (chunk terms included) and grad_relative_bias.
 void window_attention_bwd(DType, const AttentionParams&, cudaStream_t);
 
-// How many summands the backward kernels write, by the shape alone: `pieces` and `bias_pieces` of
-// AttentionParams, `projection_pieces` of SummaryParams.
+// How many summands the backward kernels write, as below.
 int64_t global_pieces(DType, const AttentionParams&);
 int64_t bias_pieces(DType, const AttentionParams&);
 int64_t projection_pieces(DType, const SummaryParams&);
 
 } // namespace simt
 
-// Tensor cores, for the forward pass in bfloat16 and half. What `supports` refuses is the simt kernels' to
-// do: it returns null, or the reason why not, in words.
+// Tensor cores, for bfloat16 and half. What `supports` refuses is the simt kernels' to do: it returns null,
+// or the reason why not, in words.
 namespace mma {
 
 const char* supports(DType, const SummaryParams&);
 const char* supports(DType, const AttentionParams&);
+// Of the backward kernels, which ask for more.
+const char* supports_bwd(DType, const SummaryParams&);
+const char* supports_bwd(DType, const AttentionParams&);
 
 void chunk_summary_fwd(DType, const SummaryParams&, cudaStream_t);
+void chunk_summary_bwd(DType, const SummaryParams&, cudaStream_t);
+
 void window_attention_fwd(DType, const AttentionParams&, cudaStream_t);
+void window_attention_bwd_global(DType, const AttentionParams&, cudaStream_t);
+void window_attention_bwd(DType, const AttentionParams&, cudaStream_t);
+
+// How many summands the backward kernels write, by the shape alone: `pieces` and `bias_pieces` of
+// AttentionParams, `projection_pieces` of SummaryParams.
+int64_t global_pieces(DType, const AttentionParams&);
+int64_t bias_pieces(DType, const AttentionParams&);
+int64_t projection_pieces(DType, const SummaryParams&);
 
 } // namespace mma
 

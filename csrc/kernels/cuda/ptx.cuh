@@ -84,6 +84,21 @@ __device__ inline void multiply_add<__half>(float (&c)[4], const uint32_t (&a)[4
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+__device__ inline float round_to_tf32(float x) {
+    uint32_t y;
+    asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(y) : "f"(x));
+    return __uint_as_float(y);
+}
+// C [16, 8] += A [16, 8] B [8, 8] of numbers rounded to tf32. A lane holds A rows group and group + 8 (a[0],
+// a[1]: column lane % 4; a[2], a[3]: 4 further), B rows lane % 4 (b0) and 4 further (b1) of column group, C
+// as the 16-bit product does.
+__device__ inline void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Two floats as a pair of S, the first in the lower half.
 template <class S>
 __device__ inline uint32_t pack(float low, float high);

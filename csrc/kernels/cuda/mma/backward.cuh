@@ -1,0 +1,66 @@
+// Instantiates the backward kernels; head dims are padded to 64 or 128 in shared memory.
+#pragma once
+
+#include "kernels/cuda/mma/backward.h"
+#include "kernels/cuda/mma/chunk_summary_bwd.cuh"
+#include "kernels/cuda/mma/window_attention_bwd.cuh"
+#include "kernels/cuda/mma/window_attention_bwd_blocks.cuh"
+#include "kernels/cuda/mma/window_attention_bwd_global.cuh"
+
+namespace eva_attn::cuda::mma {
+
+template <class S>
+void Backward<S>::chunk_summary(const SummaryParams& p, cudaStream_t stream) {
+    p.shape.head_dim <= 64 ? launch_chunk_summary_bwd<S, 64>(p, stream)
+                           : launch_chunk_summary_bwd<S, 128>(p, stream);
+}
+
+template <class S>
+int64_t Backward<S>::projection_pieces(const SummaryParams& p) {
+    return p.shape.head_dim <= 64 ? count_projection_pieces<S, 64>(p) : count_projection_pieces<S, 128>(p);
+}
+
+template <class S>
+void Backward<S>::window_attention_global(const AttentionParams& p, cudaStream_t stream) {
+    p.shape.head_dim <= 64 ? launch_window_attention_bwd_global<GlobalGradTraits<S, 64>>(p, stream)
+                           : launch_window_attention_bwd_global<GlobalGradTraits<S, 128>>(p, stream);
+}
+
+template <class S>
+int64_t Backward<S>::global_pieces(const AttentionParams& p) {
+    return p.shape.head_dim <= 64 ? count_global_pieces<GlobalGradTraits<S, 64>>(p)
+                                  : count_global_pieces<GlobalGradTraits<S, 128>>(p);
+}
+
+template <class S, int kHeadDim, bool kHasDropout>
+void launch_window_grads(const AttentionParams& p, cudaStream_t stream) {
+    is_one_block(p.shape.geometry)
+        ? launch_window_attention_bwd<WindowGradTraits<S, kHeadDim, kHasDropout>>(p, stream)
+        : launch_window_attention_bwd_blocks<BlockGradTraits<S, kHeadDim, kHasDropout>>(p, stream);
+}
+
+template <class S>
+void Backward<S>::window_attention(const AttentionParams& p, cudaStream_t stream) {
+    const bool has_dropout = p.dropout.threshold > 0;
+    if (p.shape.head_dim <= 64) {
+        has_dropout ? launch_window_grads<S, 64, true>(p, stream)
+                    : launch_window_grads<S, 64, false>(p, stream);
+    } else {
+        has_dropout ? launch_window_grads<S, 128, true>(p, stream)
+                    : launch_window_grads<S, 128, false>(p, stream);
+    }
+}
+
+template <class S>
+int64_t Backward<S>::bias_pieces(const AttentionParams& p) {
+    return p.shape.head_dim <= 64 ? count_bias_pieces<WindowGradTraits<S, 64, false>>(p)
+                                  : count_bias_pieces<WindowGradTraits<S, 128, false>>(p);
+}
+
+template <class S>
+int64_t Backward<S>::shared_bytes(const AttentionParams& p) {
+    return p.shape.head_dim <= 64 ? sizeof(typename WindowGradTraits<S, 64, false>::Shared)
+                                  : sizeof(typename WindowGradTraits<S, 128, false>::Shared);
+}
+
+} // namespace eva_attn::cuda::mma

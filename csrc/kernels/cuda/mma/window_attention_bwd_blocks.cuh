@@ -1,0 +1,432 @@
+// Last kernels of the joint attention's backward for windows of any size and overlap: one for the gradients
+// of keys and values, one for those of queries. The block's 64 rows meet blocks of columns, one loaded ahead.
+#pragma once
+
+#include "kernels/cuda/mma/bwd_utils.cuh"
+#include "kernels/cuda/mma/product.cuh"
+#include "kernels/cuda/mma/windows.cuh"
+
+namespace eva_attn::cuda::mma {
+
+template <class S_, int kHeadDim_, bool kHasDropout_>
+struct BlockGradTraits {
+    using S = S_;
+    static constexpr int kHeadDim = kHeadDim_;
+    static constexpr bool kHasDropout = kHasDropout_;
+    static constexpr int kBlockM = 64, kBlockN = kHeadDim == 64 ? 64 : 32;
+    static constexpr int kThreads = kBlockM / 16 * kWarpSize;
+    static constexpr int kCtasPerSm = kHasDropout || kHeadDim == 128 ? 2 : 3;
+
+    struct Columns {
+        alignas(1024) S first[kBlockN * kHeadDim];  // queries, or keys and landmark keys
+        alignas(1024) S second[kBlockN * kHeadDim]; // gradients of outputs, or values and landmark values
+        int token[kBlockN];                         // -1: none; of a landmark its number in dropout's counter
+        int place[kBlockN];                         // in the bias table
+        union {
+            float logsumexp[kBlockN]; // of queries, times log2(e)
+            float bias[kBlockN];      // of landmarks
+        };
+        float delta[kBlockN]; // of queries
+    };
+    struct Shared {
+        alignas(1024) S first[kBlockM * kHeadDim];
+        alignas(1024) S second[kBlockM * kHeadDim];
+        Columns columns[2];
+        float bias_table[1];
+    };
+};
+
+struct BlockGradPlan {
+    Windows windows;
+    int blocks_per_window; // of kBlockM queries, or of as many keys of the window's own
+    int num_chunks, chunk_columns, chunk_height, chunk_width;
+};
+
+// Writes a warp's 16 rows of gradients; `finish` adds to two sums of a row.
+template <int kHeadDim, class S, class Finish>
+__device__ inline void store_rows(float (&gradient)[kHeadDim / 8][4], S* base, int64_t stride, int head_dim,
+                                  const int (&token)[2], const Finish& finish) {
+    const int pair = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        if (token[r] < 0) continue;
+#pragma unroll
+        for (int d = 0; d < kHeadDim / 8; ++d) {
+            if (8 * d >= head_dim) continue;
+            float2 x = make_float2(gradient[d][2 * r], gradient[d][2 * r + 1]);
+            finish(x, r, 8 * d + pair);
+            *reinterpret_cast<uint32_t*>(base + token[r] * stride + 8 * d + pair) = pack<S>(x.x, x.y);
+        }
+    }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
+    window_attention_bwd_keys_kernel(const __grid_constant__ AttentionParams p,
+                                     const __grid_constant__ BlockGradPlan plan) {
+    using S = typename Traits::S;
+    constexpr int kHeadDim = Traits::kHeadDim, kThreads = Traits::kThreads, kBlockM = Traits::kBlockM,
+                  kBlockN = Traits::kBlockN;
+    constexpr bool kHasDropout = Traits::kHasDropout;
+    using RowTile = Tile<S, kHeadDim>;
+    extern __shared__ __align__(1024) char memory[];
+    auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
+
+    const Windows& w = plan.windows;
+    const Geometry& g = p.shape.geometry;
+    const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
+    const int head = blockIdx.x % heads;
+    int rest = blockIdx.x / heads;
+    const int first_key = rest % plan.blocks_per_window * kBlockM;
+    rest /= plan.blocks_per_window;
+    const int window = rest % w.num_windows, batch = rest / w.num_windows;
+    const int64_t bh = int64_t{batch} * heads + head;
+    const int own_row = window / w.columns, own_column = window % w.columns;
+    const bool* const mask =
+        p.key_padding_mask ? p.key_padding_mask + int64_t{batch} * w.num_tokens : nullptr;
+    const auto valid = [&](int token) { return token >= 0 && mask && mask[token] ? -1 : token; };
+    const TokenBox keys_box = w.query_box(own_row, own_column);
+
+    // The windows that may see these keys, and their blocks of queries, numbered through.
+    const Box seeing = g.windows_seeing(window);
+    const int seeing_columns = static_cast<int>(seeing.width());
+    const int query_blocks = (w.queries.size() + kBlockN - 1) / kBlockN;
+    const int last = static_cast<int>(seeing.height()) * seeing_columns * query_blocks;
+    const int start =
+        g.is_causal ? first_key / kBlockN : 0; // a causal window comes first of those that see it
+    const auto window_row = [&](int i) {
+        return static_cast<int>(seeing.y0) + i / query_blocks / seeing_columns;
+    };
+    const auto window_column = [&](int i) {
+        return static_cast<int>(seeing.x0) + i / query_blocks % seeing_columns;
+    };
+
+    float logsumexp = 0, delta = 0;
+    const auto load = [&](int i, typename Traits::Columns& columns) {
+        const TokenBox box = w.query_box(window_row(i), window_column(i));
+        const int first = i % query_blocks * kBlockN;
+        using Gather = GatherRows<kBlockN, kThreads, kHeadDim>;
+        int token[Gather::kCount];
+#pragma unroll
+        for (int j = 0; j < Gather::kCount; ++j)
+            token[j] = Gather::unit() * 8 < head_dim ? valid(box.token(first + Gather::row(j))) : -1;
+        gather_rows<Gather>(RowTile{columns.first}, head_rows<S>(p.query, batch, head), p.query.token_stride,
+                            token);
+        gather_rows<Gather>(RowTile{columns.second}, head_rows<S>(p.grad_output, batch, head),
+                            p.grad_output.token_stride, token);
+        copy_commit();
+        if (threadIdx.x >= kBlockN) return;
+        const int own = first + threadIdx.x, own_token = valid(box.token(own));
+        columns.token[threadIdx.x] = own_token;
+        columns.place[threadIdx.x] = w.query_place(min(own, w.queries.size() - 1));
+        const int64_t at = bh * w.num_tokens + own_token;
+        logsumexp = own_token < 0 ? kInfinity : static_cast<const float*>(p.logsumexp)[at];
+        delta = own_token < 0 ? 0.0f : static_cast<const float*>(p.delta)[at];
+    };
+
+    const RowTile keys{shared.first}, values{shared.second};
+    {
+        const auto key_token = [&](int row) { return valid(keys_box.token(first_key + row)); };
+        gather<kBlockM, kThreads>(keys, head_rows<S>(p.key, batch, head), p.key.token_stride, head_dim,
+                                  key_token);
+        gather<kBlockM, kThreads>(values, head_rows<S>(p.value, batch, head), p.value.token_stride, head_dim,
+                                  key_token);
+        load(start, shared.columns[0]);
+    }
+    fill_bias_table<kThreads>(p, w, head, shared.bias_table);
+
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const int group = lane / 4, pair = lane % 4 * 2, own = warp * 16;
+    const float scale = static_cast<float>(p.scale), scale_log2 = scale * kLog2e;
+    const DropoutWeights<kHasDropout> dropout(p, bh);
+    int inside[2], token[2];
+    Position at[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        inside[r] = keys_box.token(first_key + own + group + 8 * r);
+        token[r] = valid(inside[r]);
+        at[r] = keys_box.position(first_key + own + group + 8 * r);
+    }
+
+    float grad_key[kHeadDim / 8][4] = {}, grad_value[kHeadDim / 8][4] = {};
+    for (int i = start, stage = 0; i < last; ++i, stage ^= 1) {
+        auto& columns = shared.columns[stage];
+        if (threadIdx.x < kBlockN) {
+            columns.logsumexp[threadIdx.x] = logsumexp * kLog2e;
+            columns.delta[threadIdx.x] = delta;
+        }
+        copy_wait<0>();
+        publish_tiles();
+        __syncthreads();
+        if (i + 1 < last) load(i + 1, shared.columns[stage ^ 1]);
+
+        const TokenBox seen = w.key_box(window_row(i), window_column(i));
+        const float* bias[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int y = at[r].y - seen.y0, x = at[r].x - seen.x0;
+            const bool visible =
+                token[r] >= 0 && y >= 0 && y < seen.shape.height && x >= 0 && x < seen.shape.width;
+            bias[r] = shared.bias_table + (visible ? w.key_place(y * seen.shape.width + x) : w.hidden);
+        }
+        const RowTile queries{columns.first}, grad_outputs{columns.second};
+        const int count = w.queries.size() - i % query_blocks * kBlockN;
+        float score[kBlockN / 8][4], grad_weight[kBlockN / 8][4];
+        begin_products<kHeadDim>();
+        multiply_transposed(score, keys, own, queries, count);
+        multiply_transposed(grad_weight, values, own, grad_outputs, count);
+        end_products<kHeadDim>(score, grad_weight);
+        uint32_t weight[kBlockN / 16][4], grad_score[kBlockN / 16][4];
+#pragma unroll
+        for (int n = 0; n < kBlockN / 8; ++n) {
+            const int c = 8 * n + pair;
+            const int2 place = *reinterpret_cast<const int2*>(&columns.place[c]);
+            const float2 lse = *reinterpret_cast<const float2*>(&columns.logsumexp[c]);
+            const float2 row_delta = *reinterpret_cast<const float2*>(&columns.delta[c]);
+            float weights[4], ds[4];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const float logit = score[n][e] * scale_log2 + bias[e / 2][-(e % 2 ? place.y : place.x)];
+                weights[e] = exp2_approx(logit - (e % 2 ? lse.y : lse.x));
+                const float kept = dropout.factor(columns.token[c + e % 2], token[e / 2]);
+                ds[e] = weights[e] * (grad_weight[n][e] * kept - (e % 2 ? row_delta.y : row_delta.x));
+                weights[e] *= kept;
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                weight[n / 2][n % 2 * 2 + r] = pack<S>(weights[2 * r], weights[2 * r + 1]);
+                grad_score[n / 2][n % 2 * 2 + r] = pack<S>(ds[2 * r], ds[2 * r + 1]);
+            }
+        }
+        begin_products<kHeadDim>();
+        multiply(grad_value, weight, grad_outputs, count);
+        multiply(grad_key, grad_score, queries, count);
+        end_products<kHeadDim>(grad_value, grad_key);
+    }
+
+    const ChunkTerms& terms = p.chunk_terms;
+    int64_t chunk_row[2];
+    float chunk_weight[2] = {}, chunk_grad[2] = {};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        if (!terms.omega || token[r] < 0) continue;
+        const int chunk = at[r].y / plan.chunk_height * plan.chunk_columns + at[r].x / plan.chunk_width;
+        chunk_row[r] = (bh * plan.num_chunks + chunk) * head_dim;
+        chunk_weight[r] = static_cast<const float*>(terms.token_weight)[bh * w.num_tokens + token[r]];
+        chunk_grad[r] = static_cast<const float*>(terms.token_grad)[bh * w.num_tokens + token[r]];
+    }
+    const auto term = [&](const void* rows, int r, int column) {
+        return *reinterpret_cast<const float2*>(static_cast<const float*>(rows) + chunk_row[r] + column);
+    };
+    const auto output = [&](const Rows& rows) {
+        return static_cast<S*>(rows.data) + batch * rows.batch_stride + head * rows.head_stride;
+    };
+    store_rows<kHeadDim>(grad_value, output(p.grad_value), p.grad_value.token_stride, head_dim, inside,
+                         [&](float2& x, int r, int column) {
+                             if (!terms.omega || token[r] < 0) return;
+                             const float2 grad_beta = term(terms.grad_beta, r, column);
+                             x.x += chunk_weight[r] * grad_beta.x;
+                             x.y += chunk_weight[r] * grad_beta.y;
+                         });
+    store_rows<kHeadDim>(grad_key, output(p.grad_key), p.grad_key.token_stride, head_dim, inside,
+                         [&](float2& x, int r, int column) {
+                             x.x *= scale;
+                             x.y *= scale;
+                             if (!terms.omega || token[r] < 0) return;
+                             const float2 omega = term(terms.omega, r, column),
+                                          mean = term(terms.grad_key_mean, r, column);
+                             const float2 key = unpack<S>(*reinterpret_cast<const uint32_t*>(
+                                 keys.unit(own + group + 8 * r, column / 8) + column % 8));
+                             x.x += chunk_grad[r] * (omega.x - key.x) + mean.x;
+                             x.y += chunk_grad[r] * (omega.y - key.y) + mean.y;
+                         });
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
+    window_attention_bwd_queries_kernel(const __grid_constant__ AttentionParams p,
+                                        const __grid_constant__ BlockGradPlan plan) {
+    using S = typename Traits::S;
+    constexpr int kHeadDim = Traits::kHeadDim, kThreads = Traits::kThreads, kBlockM = Traits::kBlockM,
+                  kBlockN = Traits::kBlockN;
+    constexpr bool kHasDropout = Traits::kHasDropout;
+    using RowTile = Tile<S, kHeadDim>;
+    extern __shared__ __align__(1024) char memory[];
+    auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
+
+    const Windows& w = plan.windows;
+    const Geometry& g = p.shape.geometry;
+    const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
+    const int landmarks = static_cast<int>(p.num_landmarks);
+    const int head = blockIdx.x % heads;
+    int rest = blockIdx.x / heads;
+    const int first_query = rest % plan.blocks_per_window * kBlockM;
+    rest /= plan.blocks_per_window;
+    const int window = rest % w.num_windows, batch = rest / w.num_windows;
+    const int64_t bh = int64_t{batch} * heads + head;
+    const int row = window / w.columns, column = window % w.columns;
+    const bool* const mask =
+        p.key_padding_mask ? p.key_padding_mask + int64_t{batch} * w.num_tokens : nullptr;
+    const auto valid = [&](int token) { return token >= 0 && mask && mask[token] ? -1 : token; };
+    const TokenBox box = w.query_box(row, column), keys_box = w.key_box(row, column);
+
+    // Blocks of window keys, then of landmarks.
+    int num_keys = w.keys.size(), num_landmarks = landmarks;
+    if (g.is_causal) {
+        const int last_query = min(first_query + kBlockM, w.queries.size()) - 1;
+        num_keys = min(num_keys, last_query + 1 + w.overlap_x);
+        num_landmarks = min(landmarks, (box.x0 + last_query) / static_cast<int>(g.chunk_width));
+    }
+    const int key_blocks = (num_keys + kBlockN - 1) / kBlockN;
+    const int last = key_blocks + (num_landmarks + kBlockN - 1) / kBlockN;
+
+    const auto load = [&](int i, typename Traits::Columns& columns) {
+        const RowTile first{columns.first}, second{columns.second};
+        const int landmark = (i - key_blocks) * kBlockN;
+        if (i < key_blocks) {
+            using Gather = GatherRows<kBlockN, kThreads, kHeadDim>;
+            int token[Gather::kCount];
+#pragma unroll
+            for (int j = 0; j < Gather::kCount; ++j)
+                token[j] =
+                    Gather::unit() * 8 < head_dim ? valid(keys_box.token(i * kBlockN + Gather::row(j))) : -1;
+            gather_rows<Gather>(first, head_rows<S>(p.key, batch, head), p.key.token_stride, token);
+            gather_rows<Gather>(second, head_rows<S>(p.value, batch, head), p.value.token_stride, token);
+        } else {
+            const auto landmark_of = [&](int row) {
+                return landmark + row < landmarks ? landmark + row : -1;
+            };
+            const int64_t at = bh * landmarks * head_dim;
+            gather<kBlockN, kThreads>(first, static_cast<const S*>(p.landmark_key) + at, head_dim, head_dim,
+                                      landmark_of);
+            gather<kBlockN, kThreads>(second, static_cast<const S*>(p.landmark_value) + at, head_dim,
+                                      head_dim, landmark_of);
+        }
+        copy_commit();
+        if (threadIdx.x >= kBlockN) return;
+        if (i < key_blocks) {
+            const int own = i * kBlockN + threadIdx.x, token = valid(keys_box.token(own));
+            columns.token[threadIdx.x] = token;
+            columns.place[threadIdx.x] = token < 0 ? w.hidden : w.key_place(own);
+        } else {
+            columns.token[threadIdx.x] = w.num_tokens + landmark + threadIdx.x;
+            columns.bias[threadIdx.x] = global_bias(p, keys_box, batch, landmark + threadIdx.x);
+        }
+    };
+
+    const RowTile queries{shared.first}, grad_outputs{shared.second};
+    const auto query_token = [&](int i) { return valid(box.token(first_query + i)); };
+    gather<kBlockM, kThreads>(queries, head_rows<S>(p.query, batch, head), p.query.token_stride, head_dim,
+                              query_token);
+    gather<kBlockM, kThreads>(grad_outputs, head_rows<S>(p.grad_output, batch, head),
+                              p.grad_output.token_stride, head_dim, query_token);
+    if (last > 0) load(0, shared.columns[0]);
+    fill_bias_table<kThreads>(p, w, head, shared.bias_table);
+
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const int group = lane / 4, pair = lane % 4 * 2, own = warp * 16;
+    const float scale = static_cast<float>(p.scale), scale_log2 = scale * kLog2e;
+    const DropoutWeights<kHasDropout> dropout(p, bh);
+    int inside[2], token[2], visible_landmarks[2];
+    const float* bias[2];
+    float lse[2], delta[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int i = first_query + own + group + 8 * r;
+        inside[r] = box.token(i);
+        token[r] = valid(inside[r]);
+        bias[r] = shared.bias_table - w.query_place(min(i, w.queries.size() - 1));
+        visible_landmarks[r] = g.is_causal ? token[r] / static_cast<int>(g.chunk_width) : INT_MAX;
+        const int64_t at = bh * w.num_tokens + token[r];
+        lse[r] = token[r] < 0 ? kInfinity : static_cast<const float*>(p.logsumexp)[at] * kLog2e;
+        delta[r] = token[r] < 0 ? 0.0f : static_cast<const float*>(p.delta)[at];
+    }
+
+    float grad_query[kHeadDim / 8][4] = {};
+    for (int i = 0; i < last; ++i) {
+        auto& columns = shared.columns[i % 2];
+        copy_wait<0>();
+        publish_tiles();
+        __syncthreads();
+        if (i + 1 < last) load(i + 1, shared.columns[(i + 1) % 2]);
+
+        const RowTile first{columns.first}, second{columns.second};
+        const bool of_window = i < key_blocks;
+        const int count = of_window ? num_keys - i * kBlockN : num_landmarks - (i - key_blocks) * kBlockN;
+        float score[kBlockN / 8][4], grad_weight[kBlockN / 8][4];
+        begin_products<kHeadDim>();
+        multiply_transposed(score, queries, own, first, count);
+        multiply_transposed(grad_weight, grad_outputs, own, second, count);
+        end_products<kHeadDim>(score, grad_weight);
+        uint32_t grad_score[kBlockN / 16][4];
+#pragma unroll
+        for (int n = 0; n < kBlockN / 8; ++n) {
+            const int c = 8 * n + pair;
+            float ds[4];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int at = c + e % 2;
+                float logit = score[n][e] * scale_log2;
+                if (of_window) {
+                    logit += bias[e / 2][columns.place[at]];
+                } else {
+                    logit += columns.bias[at];
+                    if ((i - key_blocks) * kBlockN + at >= visible_landmarks[e / 2]) logit = -kInfinity;
+                }
+                const float kept = dropout.factor(token[e / 2], columns.token[at]);
+                ds[e] = exp2_approx(logit - lse[e / 2]) * (grad_weight[n][e] * kept - delta[e / 2]);
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) grad_score[n / 2][n % 2 * 2 + r] = pack<S>(ds[2 * r], ds[2 * r + 1]);
+        }
+        begin_products<kHeadDim>();
+        multiply(grad_query, grad_score, first, count);
+        end_products<kHeadDim>(grad_query);
+    }
+
+    const ChunkTerms& terms = p.chunk_terms;
+    S* const output = static_cast<S*>(p.grad_query.data) + batch * p.grad_query.batch_stride +
+                      head * p.grad_query.head_stride;
+    int64_t chunk_row[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const Position at = box.position(first_query + own + group + 8 * r);
+        const int chunk = at.y / plan.chunk_height * plan.chunk_columns + at.x / plan.chunk_width;
+        chunk_row[r] = (bh * plan.num_chunks + chunk) * head_dim;
+    }
+    store_rows<kHeadDim>(grad_query, output, p.grad_query.token_stride, head_dim, inside,
+                         [&](float2& x, int r, int column) {
+                             x.x *= scale;
+                             x.y *= scale;
+                             if (!terms.omega || token[r] < 0) return;
+                             const float2 mean = *reinterpret_cast<const float2*>(
+                                 static_cast<const float*>(terms.grad_query_mean) + chunk_row[r] + column);
+                             x.x += mean.x;
+                             x.y += mean.y;
+                         });
+}
+
+template <class Traits>
+void launch_window_attention_bwd_blocks(const AttentionParams& p, cudaStream_t stream) {
+    const Geometry& g = p.shape.geometry;
+    BlockGradPlan plan{
+        .windows = Windows::of(p),
+        .blocks_per_window = 0,
+        .num_chunks = static_cast<int>(g.num_chunks()),
+        .chunk_columns = static_cast<int>(g.chunk_columns()),
+        .chunk_height = static_cast<int>(g.chunk_height),
+        .chunk_width = static_cast<int>(g.chunk_width),
+    };
+    plan.blocks_per_window = static_cast<int>(detail::ceil_div(plan.windows.queries.size(), Traits::kBlockM));
+    const int64_t blocks = p.shape.batch * p.shape.heads * plan.windows.num_windows * plan.blocks_per_window;
+    if (blocks == 0) return;
+    const int bytes =
+        static_cast<int>(sizeof(typename Traits::Shared) + sizeof(float) * plan.windows.table_size);
+    for (const auto kernel :
+         {window_attention_bwd_keys_kernel<Traits>, window_attention_bwd_queries_kernel<Traits>}) {
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, bytes, stream>>>(p, plan);
+    }
+}
+
+} // namespace eva_attn::cuda::mma

@@ -1,0 +1,252 @@
+// First kernel of the joint attention's backward: delta, and the gradients of landmarks, summed over the
+// queries of a piece of the sequence.
+#pragma once
+
+#include "kernels/cuda/mma/bwd_utils.cuh"
+#include "kernels/cuda/mma/product.cuh"
+#include "kernels/cuda/mma/windows.cuh"
+
+namespace eva_attn::cuda::mma {
+
+template <class S_, int kHeadDim_>
+struct GlobalGradTraits {
+    using S = S_;
+    static constexpr int kHeadDim = kHeadDim_;
+    static constexpr int kThreads = 128;
+    static constexpr int kCtasPerSm = kHeadDim == 64 ? 3 : 2;
+    static constexpr int kBlockC = 64; // landmarks, 16 a warp
+    static constexpr int kBlockQ = 4096 / kHeadDim;
+    static constexpr int kStages = 2;
+
+    struct Stage {
+        alignas(1024) S query[kBlockQ * kHeadDim];
+        alignas(1024) S grad_output[kBlockQ * kHeadDim];
+        S output[kBlockQ * kHeadDim];
+        float logsumexp[kBlockQ]; // times log2(e)
+        float delta[kBlockQ];
+        Box32 window[kBlockQ]; // keys of the query's window, where its landmarks may be excluded
+    };
+    struct Shared {
+        alignas(1024) S landmark_key[kBlockC * kHeadDim];
+        alignas(1024) S landmark_value[kBlockC * kHeadDim];
+        Box32 extent[kBlockC]; // of the landmark's valid members
+        Stage stage[kStages];
+    };
+};
+
+template <class Traits, bool kHasDropout>
+__global__ void __launch_bounds__(Traits::kThreads, kHasDropout ? 2 : Traits::kCtasPerSm)
+    window_attention_bwd_global_kernel(const __grid_constant__ AttentionParams p) {
+    using S = typename Traits::S;
+    constexpr int kHeadDim = Traits::kHeadDim, kThreads = Traits::kThreads, kBlockQ = Traits::kBlockQ,
+                  kBlockC = Traits::kBlockC, kStages = Traits::kStages;
+    using RowTile = Tile<S, kHeadDim>;
+    extern __shared__ __align__(1024) char memory[];
+    auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
+
+    const Geometry& g = p.shape.geometry;
+    const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
+    const int landmarks = static_cast<int>(p.num_landmarks);
+    const int landmark_blocks = max(1, (landmarks + kBlockC - 1) / kBlockC);
+    const int prefix = static_cast<int>(g.num_prefix_tokens), tokens = static_cast<int>(g.num_tokens());
+    int block = blockIdx.x;
+    const int head = block % heads;
+    block /= heads;
+    const int landmark_block = block % landmark_blocks;
+    block /= landmark_blocks;
+    const int piece = block % static_cast<int>(p.pieces);
+    const int batch = block / static_cast<int>(p.pieces);
+    const int64_t bh = int64_t{batch} * heads + head;
+
+    const int tiles = (tokens - prefix + kBlockQ - 1) / kBlockQ;
+    int tile = static_cast<int>(int64_t{tiles} * piece / p.pieces);
+    const int last_tile = static_cast<int>(int64_t{tiles} * (piece + 1) / p.pieces);
+    const int first_landmark = landmark_block * kBlockC;
+    const int chunk_width = static_cast<int>(g.chunk_width);
+    if (g.is_causal) { // a chunk is visible from its end on
+        const int first_query = (first_landmark + 1) * chunk_width;
+        if (landmark_block > 0) tile = max(tile, min(first_query / kBlockQ, last_tile));
+    }
+
+    const S* const query = head_rows<S>(p.query, batch, head);
+    const S* const grad_output = head_rows<S>(p.grad_output, batch, head);
+    const S* const output = head_rows<S>(p.output, batch, head);
+    const float* const logsumexp = static_cast<const float*>(p.logsumexp) + bh * tokens;
+    const bool* const mask = p.key_padding_mask ? p.key_padding_mask + int64_t{batch} * tokens : nullptr;
+
+    const auto window_of = [&](int token) {
+        const int position = token - prefix, width = static_cast<int>(g.grid_width);
+        const int y = position / width / static_cast<int>(g.window_height);
+        const int x = position % width / static_cast<int>(g.window_width);
+        const Box box = g.key_box(int64_t{y} * g.window_columns() + x);
+        return Box32{static_cast<int>(box.y0), static_cast<int>(box.y1), static_cast<int>(box.x0),
+                     static_cast<int>(box.x1)};
+    };
+    float next_logsumexp = 0;
+    const auto load_tile = [&](int tile, typename Traits::Stage& stage) {
+        const auto token_of = [&](int row) {
+            const int token = prefix + tile * kBlockQ + row;
+            return token < tokens && !(mask && mask[token]) ? token : -1;
+        };
+        using Gather = GatherRows<kBlockQ, kThreads, kHeadDim>;
+        int row_token[Gather::kCount];
+#pragma unroll
+        for (int i = 0; i < Gather::kCount; ++i)
+            row_token[i] = Gather::unit() * 8 < head_dim ? token_of(Gather::row(i)) : -1;
+        gather_rows<Gather>(RowTile{stage.query}, query, p.query.token_stride, row_token);
+        gather_rows<Gather>(RowTile{stage.grad_output}, grad_output, p.grad_output.token_stride, row_token);
+        gather_rows<Gather>(RowTile{stage.output}, output, p.output.token_stride, row_token);
+        if (threadIdx.x < kBlockQ) {
+            const int token = token_of(threadIdx.x);
+            next_logsumexp = token < 0 ? kInfinity : logsumexp[token] * kLog2e;
+        }
+    };
+
+    const auto landmark_of = [&](int row) {
+        return first_landmark + row < landmarks ? first_landmark + row : -1;
+    };
+    const RowTile landmark_key{shared.landmark_key}, landmark_value{shared.landmark_value};
+    gather<kBlockC, kThreads>(landmark_key, static_cast<const S*>(p.landmark_key) + bh * landmarks * head_dim,
+                              head_dim, head_dim, landmark_of);
+    gather<kBlockC, kThreads>(landmark_value,
+                              static_cast<const S*>(p.landmark_value) + bh * landmarks * head_dim, head_dim,
+                              head_dim, landmark_of);
+    copy_commit();
+    if (tile < last_tile) load_tile(tile, shared.stage[0]);
+    copy_commit();
+
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const int group = lane / 4, pair = lane % 4 * 2;
+    const int own = warp * 16; // first landmark row of the warp
+    const float scale_log2 = static_cast<float>(p.scale) * kLog2e;
+    const DropoutWeights<kHasDropout> dropout(p, bh);
+    const bool excludes = p.exclude_window_landmarks && p.extents;
+    const TokenBox nowhere{}; // contains no chunk
+    float bias[2];
+    int landmark[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        landmark[r] = first_landmark + own + group + 8 * r;
+        bias[r] = landmark[r] < landmarks ? global_bias(p, nowhere, batch, landmark[r]) : -kInfinity;
+    }
+    if (excludes && threadIdx.x < kBlockC && first_landmark + threadIdx.x < landmarks) {
+        const int32_t* const extent =
+            p.extents + batch * p.extents_batch_stride + 4 * int64_t{first_landmark + threadIdx.x};
+        shared.extent[threadIdx.x] = Box32{extent[0], extent[1], extent[2], extent[3]};
+    }
+
+    float grad_key[kHeadDim / 8][4] = {}, grad_value[kHeadDim / 8][4] = {};
+    for (int i = 0; tile < last_tile; ++tile, ++i) {
+        typename Traits::Stage& stage = shared.stage[i % kStages];
+        const int first_query = prefix + tile * kBlockQ;
+        copy_wait<0>();
+        // A thread has waited for its own copies only, and reads those before the barrier.
+        using Gather = GatherRows<kBlockQ, kThreads, kHeadDim>;
+        constexpr int kUnits = RowTile::kUnits;
+#pragma unroll
+        for (int j = 0; j < Gather::kCount; ++j) {
+            const int r = Gather::row(j), unit = Gather::unit();
+            float sum = dot<S>(RowTile{stage.grad_output}.unit(r, unit), RowTile{stage.output}.unit(r, unit));
+#pragma unroll
+            for (int offset = 1; offset < kUnits; offset *= 2)
+                sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+            if (unit != 0) continue;
+            stage.delta[r] = sum;
+            if (landmark_block == 0 && first_query + r < tokens)
+                static_cast<float*>(p.delta)[bh * tokens + first_query + r] = sum;
+        }
+        if (threadIdx.x < kBlockQ) {
+            stage.logsumexp[threadIdx.x] = next_logsumexp;
+            if (excludes) stage.window[threadIdx.x] = window_of(first_query + threadIdx.x);
+        }
+        publish_tiles();
+        __syncthreads();
+        if (tile + 1 < last_tile) load_tile(tile + 1, shared.stage[(i + 1) % kStages]);
+        copy_commit();
+
+        const RowTile queries{stage.query}, grad_outputs{stage.grad_output};
+        const int count = min(kBlockQ, tokens - first_query);
+        // Landmarks on M, queries on N.
+        float score[kBlockQ / 8][4], grad_weight[kBlockQ / 8][4];
+        begin_products<kHeadDim>();
+        multiply_transposed(score, landmark_key, own, queries, count);
+        multiply_transposed(grad_weight, landmark_value, own, grad_outputs, count);
+        end_products<kHeadDim>(score, grad_weight);
+        if (g.is_causal || excludes) {
+#pragma unroll
+            for (int n = 0; n < kBlockQ / 8; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int q = 8 * n + pair + e % 2;
+                    const bool hidden =
+                        (g.is_causal && first_query + q < (landmark[e / 2] + 1) * chunk_width) ||
+                        (excludes && stage.window[q].contains(shared.extent[own + group + e / 2 * 8]));
+                    if (hidden) score[n][e] = -kInfinity;
+                }
+        }
+        uint32_t weight[kBlockQ / 16][4], grad_score[kBlockQ / 16][4];
+#pragma unroll
+        for (int n = 0; n < kBlockQ / 8; ++n) {
+            const int at = 8 * n + pair;
+            const float2 lse = *reinterpret_cast<const float2*>(&stage.logsumexp[at]);
+            const float2 delta = *reinterpret_cast<const float2*>(&stage.delta[at]);
+            float w[4], ds[4];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                w[e] = exp2_approx(score[n][e] * scale_log2 + bias[e / 2] - (e % 2 ? lse.y : lse.x));
+                const float kept = dropout.factor(first_query + at + e % 2, tokens + landmark[e / 2]);
+                ds[e] = w[e] * (grad_weight[n][e] * kept - (e % 2 ? delta.y : delta.x));
+                w[e] *= kept;
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                weight[n / 2][n % 2 * 2 + r] = pack<S>(w[2 * r], w[2 * r + 1]);
+                grad_score[n / 2][n % 2 * 2 + r] = pack<S>(ds[2 * r], ds[2 * r + 1]);
+            }
+        }
+        begin_products<kHeadDim>();
+        multiply(grad_value, weight, grad_outputs, count);
+        multiply(grad_key, grad_score, queries, count);
+        end_products<kHeadDim>(grad_value, grad_key);
+    }
+
+    const float scale = static_cast<float>(p.scale);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        if (landmark[r] >= landmarks) continue;
+        const int64_t row = ((bh * p.pieces + piece) * (landmarks + prefix) + landmark[r]) * head_dim;
+        float* const key_out = static_cast<float*>(p.grad_global_key) + row;
+        float* const value_out = static_cast<float*>(p.grad_global_value) + row;
+#pragma unroll
+        for (int d = 0; d < kHeadDim / 8; ++d) {
+            if (8 * d >= head_dim) continue;
+            *reinterpret_cast<float2*>(key_out + 8 * d + pair) =
+                make_float2(scale * grad_key[d][2 * r], scale * grad_key[d][2 * r + 1]);
+            *reinterpret_cast<float2*>(value_out + 8 * d + pair) =
+                make_float2(grad_value[d][2 * r], grad_value[d][2 * r + 1]);
+        }
+    }
+}
+
+// Enough blocks for the GPUs of the day, by the shape alone.
+template <class Traits>
+int64_t count_global_pieces(const AttentionParams& p) {
+    const Geometry& g = p.shape.geometry;
+    const int64_t landmark_blocks = detail::max(1, detail::ceil_div(p.num_landmarks, Traits::kBlockC));
+    const int64_t tiles = detail::ceil_div(g.grid_height * g.grid_width, Traits::kBlockQ);
+    return count_slices(p.shape.batch * p.shape.heads * landmark_blocks, tiles, 132 * Traits::kCtasPerSm);
+}
+
+template <class Traits>
+void launch_window_attention_bwd_global(const AttentionParams& p, cudaStream_t stream) {
+    const int64_t landmark_blocks = detail::max(1, detail::ceil_div(p.num_landmarks, Traits::kBlockC));
+    const int64_t blocks = p.shape.batch * p.shape.heads * p.pieces * landmark_blocks;
+    if (blocks == 0 || p.shape.geometry.num_tokens() == 0) return;
+    auto* const kernel = p.dropout.threshold > 0 ? window_attention_bwd_global_kernel<Traits, true>
+                                                 : window_attention_bwd_global_kernel<Traits, false>;
+    constexpr int kBytes = sizeof(typename Traits::Shared);
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, kBytes, stream>>>(p);
+}
+
+} // namespace eva_attn::cuda::mma
