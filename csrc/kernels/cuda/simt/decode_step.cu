@@ -5,8 +5,11 @@
 namespace eva_attn::cuda::simt {
 namespace {
 
-constexpr int kDecodeWarps = 8;
-constexpr int kDecodeThreads = kDecodeWarps * kLanes;
+// Registers are short in double.
+template <class S>
+constexpr int kDecodeWarps = sizeof(S) == sizeof(double) ? 8 : 16;
+template <class S>
+constexpr int kDecodeThreads = kDecodeWarps<S> * kLanes;
 constexpr int kChannels = kMaxHeadDim / kLanes; // of a lane
 constexpr int kUnroll = 4;                      // rows that a lane has in flight
 
@@ -21,7 +24,7 @@ struct LaneGroup {
         while (width * kChannels < head_dim) width *= 2;
         lane = simt::lane() % width;
         index = static_cast<int>(threadIdx.x) / width;
-        count = kDecodeThreads / width;
+        count = kDecodeThreads<S> / width;
     }
 
     // Calls body(i, d) for the first channel of each vector: this lane's i-th is channel d.
@@ -34,15 +37,19 @@ struct LaneGroup {
         }
     }
 
-    __device__ void load(const S* row, T (&x)[kChannels]) const {
-        struct alignas(kVector * sizeof(S)) Vector {
-            S x[kVector];
-        };
-        for_vectors([&](int i, int d) {
-            const Vector vector = *reinterpret_cast<const Vector*>(row + d);
-#pragma unroll
-            for (int k = 0; k < kVector; ++k) x[i + k] = widen(vector.x[k]);
-        });
+    // This lane's channels of a row, as they are in memory.
+    struct alignas(kVector * sizeof(S)) Vector {
+        S x[kVector];
+    };
+    struct Channels {
+        Vector vector[kChannels / kVector];
+        __device__ T operator[](int i) const { return widen(vector[i / kVector].x[i % kVector]); }
+    };
+    __device__ Channels load(const S* row) const {
+        Channels channels{};
+        for_vectors(
+            [&](int i, int d) { channels.vector[i / kVector] = *reinterpret_cast<const Vector*>(row + d); });
+        return channels;
     }
 
     template <class Number>
@@ -65,25 +72,26 @@ struct Softmax {
     }
 };
 
-template <class T>
+template <class S>
 struct DecodeShared {
+    using T = Accumulator<S>;
     T query[kMaxHeadDim], mean[kMaxHeadDim];
     T landmark_key[kMaxHeadDim], landmark_query[kMaxHeadDim];
-    T warp_sums[kDecodeWarps][kMaxHeadDim];
-    double warp_maxima[kDecodeWarps];
-    T warp_totals[kDecodeWarps];
+    T warp_sums[kDecodeWarps<S>][kMaxHeadDim];
+    double warp_maxima[kDecodeWarps<S>];
+    T warp_totals[kDecodeWarps<S>];
 };
 
 template <class S, int kVector>
 struct DecodingHead {
     using T = Accumulator<S>;
     const DecodeParams& p;
-    DecodeShared<T>& s;
+    DecodeShared<S>& s;
     const LaneGroup<S, kVector> group;
     const int64_t bh, batch, head;
     const int head_dim, slots;
 
-    __device__ DecodingHead(const DecodeParams& p, DecodeShared<T>& s)
+    __device__ DecodingHead(const DecodeParams& p, DecodeShared<S>& s)
         : p(p), s(s), group(static_cast<int>(p.head_dim)), bh(blockIdx.x), batch(bh / p.heads),
           head(bh % p.heads), head_dim(static_cast<int>(p.head_dim)),
           slots(static_cast<int>(p.window_size + p.overlap)) {}
@@ -98,7 +106,7 @@ struct DecodingHead {
 
     template <class Body>
     __device__ void for_channels(Body body) const {
-        for (int d = static_cast<int>(threadIdx.x); d < head_dim; d += kDecodeThreads) body(d);
+        for (int d = static_cast<int>(threadIdx.x); d < head_dim; d += kDecodeThreads<S>) body(d);
         __syncthreads();
     }
 
@@ -110,19 +118,23 @@ struct DecodingHead {
         T* const key_sum = static_cast<T*>(p.key_sum) + bh * head_dim;
         T* const query_sum = static_cast<T*>(p.query_sum) + bh * head_dim;
         const bool begins = position % p.chunk_size == 0;
-        for_channels([&](int d) {
-            key_slot[d] = key.data[d * key.stride];
-            value_slot[d] = value.data[d * value.stride];
-            s.query[d] = query[d];
-            key_sum[d] = (begins ? T(0) : key_sum[d]) + key[d];
-            query_sum[d] = (begins ? T(0) : query_sum[d]) + query[d];
+        for_channels([&](int d) { // all loads before the first store, which they might depend on
+            const S new_key = key.data[d * key.stride], new_value = value.data[d * value.stride];
+            const T new_query = query[d];
+            const T old_key_sum = key_sum[d], old_query_sum = query_sum[d];
+            key_slot[d] = new_key;
+            value_slot[d] = new_value;
+            s.query[d] = new_query;
+            key_sum[d] = (begins ? T(0) : old_key_sum) + widen(new_key);
+            query_sum[d] = (begins ? T(0) : old_query_sum) + new_query;
         });
     }
 
-    // The softmax over rows [0, count) of the logits `logit(j, sum of term(x_d, key_d))`, for the vector `x`;
+    // The softmax over rows [0, count) of scale * (sum of term(x_d, key_d)) + bias(j), for the vector `x`;
     // calls out(d, sum of weight * value).
-    template <class A, class Row, class Term, class Logit, class Out>
-    __device__ void attend(const T* vector, int count, Row row, Term term, Logit logit, Out out) const {
+    template <class A, class Row, class Bias, class Term, class Out>
+    __device__ void attend(const T* vector, int count, A scale, Row row, Bias bias, Term term,
+                           Out out) const {
         T x[kChannels];
         group.for_vectors([&](int i, int d) {
 #pragma unroll
@@ -130,24 +142,27 @@ struct DecodingHead {
         });
         Softmax<A, T> softmax;
         for (int base = 0; base < count; base += kUnroll * group.count) {
+            typename LaneGroup<S, kVector>::Channels keys[kUnroll], values[kUnroll];
             A logits[kUnroll];
-            T values[kUnroll][kChannels];
+#pragma unroll
+            for (int u = 0; u < kUnroll; ++u) { // the last row again where there are no more
+                const auto [key, value] = row(min(base + u * group.count + group.index, count - 1));
+                keys[u] = group.load(key);
+                values[u] = group.load(value);
+            }
 #pragma unroll
             for (int u = 0; u < kUnroll; ++u) {
                 const int j = base + u * group.count + group.index;
-                T keys[kChannels];
-                A sum = 0;
-                if (j < count) {
-                    const auto [key, value] = row(j);
-                    group.load(key, keys);
-                    group.load(value, values[u]);
-                    group.for_vectors([&](int i, int) {
+                logits[u] = j < count ? static_cast<A>(bias(j)) : -infinity<A>();
+            }
 #pragma unroll
-                        for (int k = 0; k < kVector; ++k) sum += term(static_cast<A>(x[i + k]), keys[i + k]);
-                    });
-                }
-                sum = group.sum(sum);
-                logits[u] = j < count ? logit(j, sum) : -infinity<A>();
+            for (int u = 0; u < kUnroll; ++u) {
+                A sum = 0;
+                group.for_vectors([&](int i, int) {
+#pragma unroll
+                    for (int k = 0; k < kVector; ++k) sum += term(static_cast<A>(x[i + k]), keys[u][i + k]);
+                });
+                logits[u] += scale * group.sum(sum);
             }
             A top = softmax.maximum;
 #pragma unroll
@@ -192,10 +207,10 @@ struct DecodingHead {
         if (lane() == 0) s.warp_maxima[warp()] = softmax.maximum, s.warp_totals[warp()] = softmax.total;
         __syncthreads();
         A top = -infinity<A>();
-        for (int w = 0; w < kDecodeWarps; ++w) top = max(top, static_cast<A>(s.warp_maxima[w]));
+        for (int w = 0; w < kDecodeWarps<S>; ++w) top = max(top, static_cast<A>(s.warp_maxima[w]));
         for_channels([&](int d) {
             T total = 0, sum = 0;
-            for (int w = 0; w < kDecodeWarps; ++w) {
+            for (int w = 0; w < kDecodeWarps<S>; ++w) {
                 const T weight = factor(static_cast<A>(s.warp_maxima[w]), top);
                 total += s.warp_totals[w] * weight;
                 sum += s.warp_sums[w][d] * weight;
@@ -219,7 +234,7 @@ struct DecodingHead {
         const T scale = static_cast<T>(p.scale), landmark_bias = static_cast<T>(p.landmark_bias);
         const auto output = row_of<S>(p.output, batch, head, token);
         attend<T>(
-            s.query, num_keys + num_landmarks,
+            s.query, num_keys + num_landmarks, scale,
             [&](int j) {
                 if (j < num_keys) {
                     const int from = wrapped(first_slot + j);
@@ -228,15 +243,12 @@ struct DecodingHead {
                 return KeyValue{landmark(p.landmark_key, j - num_keys),
                                 landmark(p.landmark_value, j - num_keys)};
             },
-            [](T query, T key) { return query * key; },
-            [&](int j, T product) {
-                if (j >= num_keys) return scale * product + landmark_bias;
-                const T bias = p.relative_bias
-                                   ? weight_at<S>(p.relative_bias_dtype, p.relative_bias, bias_start + j)
-                                   : T(0);
-                return scale * product + bias;
+            [&](int j) {
+                if (j >= num_keys) return landmark_bias;
+                return p.relative_bias ? weight_at<S>(p.relative_bias_dtype, p.relative_bias, bias_start + j)
+                                       : T(0);
             },
-            [&](int d, T x) { output.set(d, x); });
+            [](T query, T key) { return query * key; }, [&](int d, T x) { output.set(d, x); });
     }
 
     // landmark = A(mean of the chunk)
@@ -245,7 +257,7 @@ struct DecodingHead {
         T* const mean = p.has_projection ? s.mean : landmark;
         for_channels([&](int d) { mean[d] = sum[d] / static_cast<T>(p.chunk_size); });
         if (!p.has_projection) return;
-        for (int row = warp(); row < head_dim; row += kDecodeWarps) {
+        for (int row = warp(); row < head_dim; row += kDecodeWarps<S>) {
             T product = 0;
             for (int d = lane(); d < head_dim; d += kLanes)
                 product +=
@@ -285,13 +297,12 @@ struct DecodingHead {
         });
         const int first_slot = static_cast<int>(chunk * p.chunk_size % slots);
         attend<Exact<S>>(
-            omega, static_cast<int>(p.chunk_size),
+            omega, static_cast<int>(p.chunk_size), static_cast<Exact<S>>(p.scale),
             [&](int j) {
                 const int from = wrapped(first_slot + j);
                 return KeyValue{slot(p.window_key, from), slot(p.window_value, from)};
             },
-            [](Exact<S> omega, T key) { return key * (omega - key / Exact<S>(2)); },
-            [&](int, Exact<S> sum) { return static_cast<Exact<S>>(p.scale) * sum; },
+            [](int) { return T(0); }, [](Exact<S> omega, T key) { return key * (omega - key / Exact<S>(2)); },
             [&](int d, T x) { store(landmark_value + d, x); });
     }
 
@@ -315,8 +326,8 @@ struct DecodingHead {
 };
 
 template <class S, int kVector>
-__global__ void __launch_bounds__(kDecodeThreads) decode_step_kernel(const DecodeParams p) {
-    __shared__ DecodeShared<Accumulator<S>> s;
+__global__ void __launch_bounds__(kDecodeThreads<S>) decode_step_kernel(const DecodeParams p) {
+    __shared__ DecodeShared<S> s;
     DecodingHead<S, kVector>(p, s).run();
 }
 
@@ -329,7 +340,7 @@ void launch_decode_step(const DecodeParams& p, cudaStream_t stream) {
     for (const void* rows : {p.window_key, p.window_value, p.landmark_key, p.landmark_value})
         aligned &= reinterpret_cast<uintptr_t>(rows) % 16 == 0;
     const auto kernel = aligned ? decode_step_kernel<S, kVector> : decode_step_kernel<S, 1>;
-    kernel<<<blocks, kDecodeThreads, 0, stream>>>(p);
+    kernel<<<blocks, kDecodeThreads<S>, 0, stream>>>(p);
 }
 
 } // namespace
