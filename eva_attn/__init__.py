@@ -50,7 +50,7 @@ from . import _C  # noqa: E402
 
 _check_torch(_C.build_info())  # the file may have been left behind
 
-from . import estimators, functional, official, reference  # noqa: E402
+from . import estimators, flops, functional, official, reference  # noqa: E402, F401
 from .functional import eva_attention, eva_attention_qkvpacked  # noqa: E402
 from .integrations import replace_attention  # noqa: E402
 from .modules import CausalEVAttention, EVAttention, LandmarkProjection  # noqa: E402

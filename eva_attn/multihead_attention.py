@@ -171,11 +171,15 @@ class EVAMultiheadAttention(_EVA, nn.MultiheadAttention):
         return self.out_proj(out.transpose(1, 2).reshape(x.shape))
 
     def _nested(self, query: Tensor, **options: Any) -> Tensor:
-        """What `nn.TransformerEncoder` makes of a padding mask: sequences [B, N_b, embed_dim]."""
+        """Sequences [B, N_b, embed_dim], as `nn.TransformerEncoder` makes of a padding mask, or jagged."""
         lengths = torch.tensor([len(x) for x in query.unbind()], device=query.device)
         x = query.to_padded_tensor(0.0)
         padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
         out = self._attend(x, padding, noise=None, **options)
+        if query.layout == torch.jagged:
+            # The query's own offsets, or the two could not be added up.
+            offsets = query.offsets()  # type: ignore[attr-defined]
+            return torch.nested.nested_tensor_from_jagged(out[~padding], offsets)
         return torch.nested.as_nested_tensor([row[:n] for row, n in zip(out, lengths, strict=True)])
 
     def extra_repr(self) -> str:

@@ -1,57 +1,107 @@
-"""Models of torch, torchvision and timm with EVA in them: by softmax where EVA is exact."""
+"""Models of torch and torchvision with EVA in them, and what `replace_attention` says of any."""
 
+import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from integration_cases import LOCAL, ONE_WINDOW, assert_equal, assert_replaces, randomised
+from torch import nn
 
-from eva_attn import EVAMultiheadAttention, EVAttention, replace_attention
+from eva_attn import EVAMultiheadAttention, replace_attention
 
-# One window that holds everything, and no landmark of what it holds.
-EXACT = {"window_size": 64, "chunk_size": 4, "projection": "identity", "exclude_window_landmarks": True}
-LOCAL = {"window_size": 2, "chunk_size": 2}
-
-
-def assert_equal(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+LENGTHS = (10, 6, 3)
+PADDING = torch.arange(10) >= torch.tensor(LENGTHS)[:, None]
 
 
-def assert_replaces(model: nn.Module, x: Tensor, names: list[str], **options: Any) -> None:
-    """Exact settings change no output and no parameter; others change outputs and nothing else."""
-    expected = model(x)
-    before = dict(model.named_parameters())
-    assert replace_attention(model, **EXACT, **options) == names
-    assert_equal(model(x), expected)
-    assert dict(model.named_parameters()).keys() == before.keys()
-    assert all(x is before[name] for name, x in model.named_parameters())
-    assert not any(module.training for module in model.modules())
-    model.train()(x).sum().backward()
-    assert all(x.grad is not None for x in model.parameters() if x.requires_grad)
-
-
-def test_encoder() -> None:
+def encoder(**options: Any) -> nn.Module:
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(12, 2, 24, dtype=torch.float64, batch_first=True)
-    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    layer = nn.TransformerEncoderLayer(12, 2, 24, batch_first=True, **options)
+    return randomised(nn.TransformerEncoder(layer, 3, enable_nested_tensor=True))
+
+
+def test_import_needs_torch_alone() -> None:
+    code = "import sys, eva_attn; print({'timm', 'transformers', 'torchvision'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("options", [{}, {"norm_first": True}, {"bias": False}, {"activation": "gelu"}])
+def test_encoder(options: dict[str, Any]) -> None:
     names = [f"layers.{i}.self_attn" for i in range(3)]
-    assert_replaces(model, torch.randn(2, 10, 12, dtype=torch.float64), names)
+    x = torch.randn(2, 10, 12, dtype=torch.float64)
+    assert_replaces(encoder(**options), names, lambda model: model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_fast_path_does_not_bypass_eva(grad: bool, padded: bool) -> None:
+    softmax = encoder()
+    x = torch.randn(3, 10, 12, dtype=torch.float64)
+    mask = PADDING if padded else None
+    exact, local = copy.deepcopy(softmax), copy.deepcopy(softmax)
+    replace_attention(exact, **ONE_WINDOW)
+    replace_attention(local, **LOCAL)
+    with torch.set_grad_enabled(grad):
+        expected = softmax(x, src_key_padding_mask=mask)
+        valid = ~PADDING if padded else slice(None)
+        assert_equal(exact(x, src_key_padding_mask=mask)[valid], expected[valid])
+        assert not torch.allclose(local(x, src_key_padding_mask=mask)[valid], expected[valid])
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors(layout: torch.layout) -> None:
+    model = encoder()
+    rows = [torch.randn(n, 12, dtype=torch.float64) for n in LENGTHS]
+    expected = [model.layers[0](row[None])[0] for row in rows]
+    replace_attention(model, **ONE_WINDOW)
+    with torch.no_grad():
+        out = model.layers[0](torch.nested.nested_tensor(rows, layout=layout))
+    assert out.layout == layout
+    for actual, row in zip(out.unbind(), expected, strict=True):
+        assert_equal(actual, row)
 
 
 def test_names() -> None:
     def model() -> nn.Module:
-        return nn.Transformer(12, 2, 2, 2, 24)
+        return nn.Transformer(12, 2, 2, 2, 24, batch_first=True)
 
     encoder = [f"encoder.layers.{i}.self_attn" for i in range(2)]
     decoder = [f"decoder.layers.{i}.self_attn" for i in range(2)]
-    assert replace_attention(model(), **LOCAL) == encoder + decoder
+    report = replace_attention(model(), **LOCAL)
+    assert report == encoder + decoder
+    assert [entry.reason for entry in report.left] == ["cross-attention"] * 2
     assert replace_attention(model(), **LOCAL, include="encoder.*") == encoder
     assert replace_attention(model(), **LOCAL, exclude=["encoder.*", "decoder.layers.1.*"]) == decoder[:1]
-    with pytest.raises(ValueError, match=r"found none"):
+    with pytest.raises(ValueError, match=r"found none\n  encoder.layers.0.self_attn: excluded"):
         replace_attention(model(), **LOCAL, include="nothing")
-    with pytest.raises(ValueError, match=r"found none"):
+    with pytest.raises(ValueError, match="found none"):
         replace_attention(nn.MultiheadAttention(12, 2))
     assert replace_attention(nn.ModuleList([nn.MultiheadAttention(12, 2), nn.Linear(2, 2)])) == ["0"]
+
+
+class OwnAttention(nn.Module):
+    """Attention that nobody has heard of."""
+
+
+def test_the_report_prints() -> None:
+    model = nn.ModuleDict(
+        {"encoder": nn.Transformer(12, 2, 2, 1, 24, batch_first=True), "own": OwnAttention()}
+    )
+    report = replace_attention(model, window_size=4, overlap=1, num_landmarks=8, exclude="*.decoder.*")
+    assert str(report).splitlines() == [
+        "EVA in 2 modules",
+        "  encoder.encoder.layers.*.self_attn (2)  torch MultiheadAttention  "
+        "window 4, overlap 1, chunks for 8 landmarks, sequence, linear-layernorm projection",
+        "left as they were: 3 modules",
+        "  encoder.decoder.layers.0.self_attn       torch MultiheadAttention        excluded",
+        "  encoder.decoder.layers.0.multihead_attn  torch MultiheadAttention        excluded",
+        "  own                                      test_integrations OwnAttention  not known here",
+    ]
 
 
 def test_a_shared_module_stays_shared() -> None:
@@ -65,63 +115,33 @@ def test_a_shared_module_stays_shared() -> None:
     assert model[0].landmark_projection.key[0].weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("options", [{"kdim": 6}, {"add_bias_kv": True}, {"add_zero_attn": True}])
-def test_leaves_what_is_not_self_attention(options: dict[str, Any]) -> None:
-    model = nn.ModuleList([nn.MultiheadAttention(12, 2, **options)])
-    with pytest.raises(ValueError, match="found none"):
-        replace_attention(model)
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"kdim": 6}, "other widths"),
+        ({"add_bias_kv": True}, "more than"),
+        ({"add_zero_attn": True}, "more than"),
+    ],
+)
+def test_leaves_what_is_not_self_attention(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"found none\n  0: .*{reason}"):
+        replace_attention(nn.ModuleList([nn.MultiheadAttention(12, 2, **options)]))
 
 
 def test_torchvision() -> None:
     vision = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
-    model = vision.VisionTransformer(32, 4, 2, 2, 12, 24).double().eval()
-    nn.init.normal_(model.heads.head.weight)
+    model = randomised(vision.VisionTransformer(32, 4, 2, 2, 12, 24))
     names = [f"encoder.layers.encoder_layer_{i}.self_attention" for i in range(2)]
-    assert_replaces(model, torch.randn(2, 3, 32, 32, dtype=torch.float64), names)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert_replaces(model, names, lambda model: model(x))
+    replace_attention(model, **LOCAL)
     eva = model.encoder.layers[0].self_attention
     assert (eva.grid_size, eva.num_prefix_tokens) == ((8, 8), 1)
 
 
-@pytest.mark.parametrize(
-    ("options", "prefix"),
-    [
-        ({}, 1),
-        ({"qk_norm": True, "reg_tokens": 4, "qkv_bias": False}, 5),
-        ({"class_token": False, "global_pool": "avg", "attn_drop_rate": 0.1, "proj_drop_rate": 0.1}, 0),
-    ],
-)
-def test_timm(options: dict[str, Any], prefix: int) -> None:
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    sizes = {"img_size": (24, 32), "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
-    model = timm.models.VisionTransformer(**sizes, num_classes=5, **options).double().eval()
-    names = [f"blocks.{i}.attn" for i in range(2)]
-    assert_replaces(model, torch.randn(2, 3, 24, 32, dtype=torch.float64), names)
-    eva = model.blocks[0].attn
-    assert isinstance(eva, EVAttention)
-    assert (eva.grid_size, eva.num_prefix_tokens) == ((6, 8), prefix)
-    assert eva.attn_drop == options.get("attn_drop_rate", 0.0)
-    with pytest.raises(ValueError, match="attn_mask"):
-        eva(torch.zeros(2, 48 + prefix, 12).double(), attn_mask=torch.zeros(1))
-
-
-@pytest.mark.parametrize("options", [{"scale_norm": True}, {"gated": True}, {"attn_head_dim": 4}])
-def test_leaves_what_timm_adds_to_attention(options: dict[str, Any]) -> None:
-    layers = pytest.importorskip("timm.layers")
-    try:
-        attention = layers.Attention(12, 2, norm_layer=nn.LayerNorm, **options)
-    except TypeError:
-        pytest.skip("this timm does not have it")
-    with pytest.raises(ValueError, match="found none"):
-        replace_attention(nn.ModuleList([attention]))
-
-
-def test_another_grid_is_refused() -> None:
-    timm = pytest.importorskip("timm")
-    model = timm.models.VisionTransformer(
-        img_size=32, patch_size=4, embed_dim=12, depth=1, num_heads=2, dynamic_img_size=True
-    )
-    replace_attention(model, **LOCAL)
-    with pytest.raises(ValueError, match="grid_size"):
-        model(torch.randn(1, 3, 40, 40))
+def test_torchvision_swin_is_left() -> None:
+    vision = pytest.importorskip("torchvision.models")
+    model = vision.SwinTransformer([4, 4], 12, [2], [2], [4, 4])
+    with pytest.raises(ValueError, match="windows and their shift"):
+        replace_attention(model)
