@@ -11,14 +11,16 @@ query has
 and for any coefficients b_m that do not depend on the samples, `sum_m [g_m - b_m (h_m - pi_m)]` is an
 unbiased estimate of softmax attention. The same b = g / h for all keys makes it random-feature attention
 (`rfa`), and b_m = v_m makes it softmax attention itself, with no variance; EVA takes v_m inside the window
-and one coefficient for each chunk of the rest.
+and one coefficient for each chunk of the rest, whose mass sum exp(q.k_m) it replaces by one exponential.
 
 Plain PyTorch, written to be read: all but `rfa` are quadratic in the number of tokens. Shapes, of any
 floating dtype: `query` [B, H, N_query, D], `key` and `value` [B, H, N_key, D], `omega`, samples of N(0, I),
-[S, D], or [B or 1, H or 1, S, D] with samples for each batch and head. `scale`, which must not be negative,
-defaults to D ** -0.5.
+[S, D], or [B or 1, H or 1, S, D] with samples for each batch and head; bool `member` [C, N_key], the keys of
+each chunk, and `exact` [N_query, N_key], those that a query attends to one by one. `scale`, which must not be
+negative, defaults to D ** -0.5.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -70,6 +72,77 @@ def optimal_coefficients(value: Tensor) -> Tensor:
     [B, H, 1, N_key, D].
     """
     return value[..., None, :, :]
+
+
+def orthogonal_samples(num_samples: int, dim: int, *, generator: torch.Generator | None = None) -> Tensor:
+    """Samples of N(0, I), orthogonal in blocks of `dim` (Choromanski et al., 2021). [num_samples, dim]."""
+    blocks = []
+    for _ in range(0, num_samples, dim):
+        directions, triangle = torch.linalg.qr(torch.randn(dim, dim, generator=generator))
+        directions = directions * triangle.diagonal().sign()  # makes them uniformly distributed
+        lengths = torch.randn(dim, dim, generator=generator).norm(dim=0)
+        blocks.append((directions * lengths).mT)
+    return torch.cat(blocks)[:num_samples]
+
+
+def sample_weights(key: Tensor, omega: Tensor, member: Tensor, *, scale: float | None = None) -> Tensor:
+    """`xi(k_m, w_c)` over its sum in chunk c, for one sample w_c of each chunk: what makes beta_c of the
+    chunk's values (section 4). [B, H, C, N_key], 0 outside the chunk.
+    """
+    _, key = _absorbed(key, key, scale)
+    logits = omega @ key.mT - key.square().sum(-1)[..., None, :] / 2
+    return logits.masked_fill(~member, -torch.inf).softmax(-1)
+
+
+def tangent_weights(reference: Tensor, key: Tensor, member: Tensor, *, scale: float | None = None) -> Tensor:
+    """Softmax attention of a reference query, [B, H, C or 1, D], within each chunk. [B, H, C, N_key].
+
+    With these weights `evidence_bound` is the tangent of the chunk's log mass at that query.
+    """
+    return _logits(reference, key, scale).masked_fill(~member, -torch.inf).softmax(-1)
+
+
+def log_mass(
+    query: Tensor, key: Tensor, member: Tensor, exact: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """`log sum exp(q.k_m)` over the keys of each chunk that are not exact. [B, H, N_query, C].
+
+    -inf where there are none, or where the sum is nothing beside the query's largest exponential.
+    """
+    logits = _logits(query, key, scale)
+    largest = logits.amax(-1, keepdim=True)
+    exponentials = (logits - largest).exp().masked_fill(exact, 0.0)
+    return (exponentials @ member.mT.to(key.dtype)).log() + largest
+
+
+def evidence_bound(query: Tensor, key: Tensor, weights: Tensor, *, scale: float | None = None) -> Tensor:
+    """`q.sum_m p_m k_m + H(p)`, which never exceeds a chunk's log mass, for any weights p, [B, H, C, N_key].
+    [B, H, N_query, C].
+
+    Equal where p = softmax(q.k); with the same weight for each of a chunk's keys, the mean key's logit plus
+    the logarithm of their number.
+    """
+    return _logits(query, weights @ key, scale) + torch.special.entr(weights).sum(-1)[..., None, :]
+
+
+def eva(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    exact: Tensor,
+    weights: Tensor,
+    log_mass: Tensor,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """One softmax over the exact keys and the chunks (section 4). [B, H, N_query, D].
+
+    `control_variate` with b_m = v_m for the exact keys and beta_c = `weights @ value` for those of chunk c,
+    if `log_mass`, [B, H, N_query, C], is the function of that name; the paper has `q.k~_c` in its place.
+    """
+    logits = _logits(query, key, scale).masked_fill(~exact, -torch.inf)
+    joint = torch.cat([logits, log_mass], -1).softmax(-1)
+    return joint @ torch.cat([value, weights @ value], -2)
 
 
 def _absorbed(query: Tensor, key: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:

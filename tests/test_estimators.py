@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import eva_attn
 from eva_attn import estimators
 
 # Both sides are float64 sums of the same few hundred terms in another order, of order 1.
@@ -91,3 +92,74 @@ def test_fixed_coefficients_leave_no_bias():
     # Of 12 normally distributed values one lies beyond 5 once in 140,000 times.
     assert largest_deviation(estimators.control_variate(query, key, value, omega, coefficients)) < 5
     assert largest_deviation(estimators.rfa(query, key, value, omega)) > 10
+
+
+@pytest.fixture
+def chunks() -> tuple[Tensor, Tensor]:
+    """Which of 12 tokens chunks of 2 hold, and which are in a query's window of 4."""
+    position = torch.arange(12)
+    return position // 2 == torch.arange(6)[:, None], position[:, None] // 4 == position // 4
+
+
+@pytest.fixture
+def sequence() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = (torch.randn(2, 3, 12, 8, dtype=torch.float64, generator=generator) for _ in "qkv")
+    return query, key, value
+
+
+def test_eva_is_a_choice_of_coefficients(sequence, chunks, scale):
+    query, key, value = sequence
+    member, exact = chunks
+    omega = torch.randn(1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    weights = estimators.sample_weights(key, omega, member, scale=scale)
+    of_chunks = member.double().mT @ (weights @ value)  # beta_c for each key
+    coefficients = torch.where(exact[..., None], value[:, :, None], of_chunks[:, :, None])
+    # Only where no chunk lies across the window's edge does each key have one coefficient.
+    expected = estimators.control_variate(query, key, value, omega, coefficients, scale=scale)
+    mass = estimators.log_mass(query, key, member, exact, scale=scale)
+    assert_equal(estimators.eva(query, key, value, exact, weights, mass, scale=scale), expected)
+
+
+@pytest.mark.parametrize("partition", [False, True])
+def test_eva_is_the_operators(sequence, chunks, scale, partition):
+    query, key, value = sequence
+    member, exact = chunks
+    root = (8**-0.5 if scale is None else scale) ** 0.5
+    means = member / member.sum(-1, keepdim=True, dtype=torch.float64)
+    omega = root * (means @ query + means @ key) / 2
+    weights = estimators.sample_weights(key, omega, member, scale=scale)
+    if partition:
+        mass = estimators.evidence_bound(query, key, means, scale=scale)
+        mass = mass.masked_fill(estimators.log_mass(query, key, member, exact).isneginf(), -torch.inf)
+    else:
+        mass = root**2 * query @ (means @ key).mT
+    actual = estimators.eva(query, key, value, exact, weights, mass, scale=scale)
+    options = {"exclude_window_landmarks": partition, "log_count_bias": partition, "scale": scale}
+    expected = eva_attn.eva_attention(query, key, value, window_size=4, chunk_size=2, **options)
+    assert_equal(actual, expected)
+
+
+def test_evidence_bound_touches_the_mass_at_its_reference(sequence, chunks, scale):
+    query, key, _ = sequence
+    member, _ = chunks
+    nothing = torch.zeros(12, 12, dtype=torch.bool)
+    mass = estimators.log_mass(query, key, member, nothing, scale=scale)
+    for i in range(12):
+        reference = query[:, :, i : i + 1]
+        weights = estimators.tangent_weights(reference, key, member, scale=scale)
+        bound = estimators.evidence_bound(query, key, weights, scale=scale)
+        assert_equal(bound[:, :, i], mass[:, :, i])
+        assert (bound <= mass + TOLERANCE).all()
+
+
+def test_orthogonal_samples_are_orthogonal_and_normal():
+    generator = torch.Generator().manual_seed(4)
+    samples = estimators.orthogonal_samples(9, 4, generator=generator)
+    assert samples.shape == (9, 4)
+    products = samples[:4] @ samples[:4].mT
+    torch.testing.assert_close(products, products.diagonal().diag(), rtol=0, atol=1e-5)
+    many = torch.stack([estimators.orthogonal_samples(4, 4, generator=generator) for _ in range(5000)])
+    # Of 20,000 values in 4 columns; standard errors are 0.007 and 0.01.
+    assert many.flatten(0, 1).mean(0).abs().max() < 0.04
+    assert (many.flatten(0, 1).mT.cov() - torch.eye(4)).abs().max() < 0.06
