@@ -3,11 +3,11 @@
 
 #include <algorithm>
 
+#include "kernels/cuda/mma/online_softmax.cuh"
 #include "kernels/cuda/mma/windows.cuh"
 
 namespace eva_attn::cuda::mma {
 
-constexpr int kBlockM = 64, kBlockN = 64; // queries of a tile, columns of a block
 constexpr int kAttentionThreads = kBlockM / 16 * kWarpSize;
 
 template <class S, int kHeadDim>
@@ -50,68 +50,6 @@ struct AttentionFwdPlan {
     bool fixed_rows; // a window is one tile, and its queries are its keys
 };
 
-// Online softmax over the columns for rows `group` and `group + 8` of a warp's 16 queries, in units of log 2.
-template <int kHeadDim>
-struct OnlineSoftmax {
-    float maximum[2] = {-kInfinity, -kInfinity};
-    float sum[2] = {0.0f, 0.0f}; // of this lane's columns
-    float output[kHeadDim / 8][4] = {};
-
-    // From scores, still to be multiplied by `scale` > 0, to weights, in place.
-    __device__ void update(float (&score)[kBlockN / 8][4], float scale, bool is_first) {
-        float shift[2], rescale[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float even = score[0][2 * r], odd = score[0][2 * r + 1];
-#pragma unroll
-            for (int n = 1; n < kBlockN / 8; ++n) {
-                even = fmaxf(even, score[n][2 * r]);
-                odd = fmaxf(odd, score[n][2 * r + 1]);
-            }
-            const float largest = fmaxf(maximum[r], scale * quad_max(fmaxf(even, odd)));
-            shift[r] = largest == -kInfinity ? 0.0f : largest;
-            rescale[r] = exp2_approx(maximum[r] - shift[r]);
-            maximum[r] = largest;
-        }
-        if (!is_first) {
-#pragma unroll
-            for (int d = 0; d < kHeadDim / 8; ++d)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) output[d][i] *= rescale[i / 2];
-        }
-        float added[4] = {};
-#pragma unroll
-        for (int n = 0; n < kBlockN / 8; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                score[n][i] = exp2_approx(score[n][i] * scale - shift[i / 2]);
-                added[i] += score[n][i];
-            }
-#pragma unroll
-        for (int r = 0; r < 2; ++r) sum[r] = sum[r] * rescale[r] + added[2 * r] + added[2 * r + 1];
-    }
-
-    template <class S>
-    __device__ void add_values(const float (&weight)[kBlockN / 8][4], Tile<S, kHeadDim> value) {
-#pragma unroll
-        for (int j = 0; j < kBlockN / 16; ++j) {
-            const uint32_t a[4] = {
-                pack<S>(weight[2 * j][0], weight[2 * j][1]),
-                pack<S>(weight[2 * j][2], weight[2 * j][3]),
-                pack<S>(weight[2 * j + 1][0], weight[2 * j + 1][1]),
-                pack<S>(weight[2 * j + 1][2], weight[2 * j + 1][3]),
-            };
-#pragma unroll
-            for (int d = 0; d < kHeadDim / 8; d += 2) {
-                uint32_t b[4];
-                value.load_b(b, 16 * j, d);
-                multiply_add<S>(output[d], a, b[0], b[1]);
-                multiply_add<S>(output[d + 1], a, b[2], b[3]);
-            }
-        }
-    }
-};
-
 // Q K^T for a warp's 16 queries and `columns` keys of a block.
 template <class S, int kHeadDim>
 __device__ inline void query_key_scores(float (&score)[kBlockN / 8][4], Tile<S, kHeadDim> query, int row,
@@ -133,6 +71,24 @@ __device__ inline void query_key_scores(float (&score)[kBlockN / 8][4], Tile<S, 
             key.load_b_transposed(b, 8 * n, d);
             multiply_add<S>(score[n], a0, b[0], b[1]);
             multiply_add<S>(score[n], a1, b[2], b[3]);
+        }
+    }
+}
+
+// Adds the weighted values of a block.
+template <class S, int kHeadDim>
+__device__ inline void add_values(OnlineSoftmax<kHeadDim>& softmax, const float (&weight)[kBlockN / 8][4],
+                                  Tile<S, kHeadDim> value) {
+#pragma unroll
+    for (int j = 0; j < kBlockN / 16; ++j) {
+        uint32_t a[4];
+        softmax.template pack_weights<S>(a, weight, j);
+#pragma unroll
+        for (int d = 0; d < kHeadDim / 8; d += 2) {
+            uint32_t b[4];
+            value.load_b(b, 16 * j, d);
+            multiply_add<S>(softmax.output[d], a, b[0], b[1]);
+            multiply_add<S>(softmax.output[d + 1], a, b[2], b[3]);
         }
     }
 }
@@ -458,7 +414,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionFwdTraits<S, kHead
                     }
                 }
             }
-            softmax.add_values(score, TileS{is_kept ? shared.global_value : shared.value});
+            add_values(softmax, score, TileS{is_kept ? shared.global_value : shared.value});
             if (is_kept) continue;
             __syncthreads();
             if (block + 1 < streamed) load_values(at, block + 1);
@@ -466,19 +422,14 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionFwdTraits<S, kHead
         }
 
         // Through the warp's own rows of the value tile to stores of 16 bytes.
+        const float kept_scale = has_dropout ? static_cast<float>(p.dropout.scale) : 1.0f;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const float sum = quad_sum(softmax.sum[r]);
-            const float kept_scale = has_dropout ? static_cast<float>(p.dropout.scale) : 1.0f;
-            const float factor = sum > 0.0f ? kept_scale * reciprocal_approx(sum) : 0.0f;
-#pragma unroll
-            for (int d = 0; d < kHeadDim / 8; ++d) // eight rows further down, units lie alike
-                *reinterpret_cast<uint32_t*>(output_tile.unit(warp_row + group, d) + 8 * r * kHeadDim +
-                                             pair) =
-                    pack<S>(softmax.output[d][2 * r] * factor, softmax.output[d][2 * r + 1] * factor);
-            if (pair == 0)
-                shared.logsumexp[warp_row + group + 8 * r] =
-                    sum > 0.0f ? (softmax.maximum[r] + log2_approx(sum)) * kLn2 : kInfinity;
+            const int row = warp_row + group + 8 * r; // eight rows further down, units lie alike
+            const float logsumexp = softmax.template store_row<S>(r, kept_scale, [&](int unit) {
+                return output_tile.unit(warp_row + group, unit) + 8 * r * kHeadDim;
+            });
+            if (pair == 0) shared.logsumexp[row] = logsumexp;
         }
         __syncwarp();
         int to[Rows::kCount];

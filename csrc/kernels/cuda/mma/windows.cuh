@@ -82,10 +82,10 @@ struct Windows {
     }
 };
 
-// Fills the table of biases of a head, in units of log 2; future keys of a causal window are hidden.
+// Fills the table of biases of a head, times `unit`; future keys of a causal window are hidden.
 template <int kThreads>
-__device__ inline void fill_bias_table(const AttentionParams& p, const Windows& w, int64_t head,
-                                       float* table) {
+__device__ inline void fill_bias_table(const AttentionParams& p, const Windows& w, int64_t head, float* table,
+                                       float unit = kLog2e) {
     const Geometry& g = p.shape.geometry;
     const int entries = w.table_height * w.table_width;
     const float* bias = static_cast<const float*>(p.relative_bias);
@@ -96,7 +96,7 @@ __device__ inline void fill_bias_table(const AttentionParams& p, const Windows& 
     for (int i = threadIdx.x; i < w.table_size; i += kThreads) {
         const int y = divide(i, w.table_width_reciprocal), x = i - y * w.table_width;
         const bool visible = i < entries && !(g.is_causal && x > w.table_width / 2);
-        table[i] = !visible ? -kInfinity : bias ? kLog2e * bias[y * g.bias_width + x] : 0.0f;
+        table[i] = !visible ? -kInfinity : bias ? unit * bias[y * g.bias_width + x] : 0.0f;
     }
 }
 

@@ -1,0 +1,75 @@
+// Softmax over columns that come in blocks, for the 16 rows of a warp.
+#pragma once
+
+#include "kernels/cuda/mma/tile.cuh"
+
+namespace eva_attn::cuda::mma {
+
+constexpr int kBlockM = 64, kBlockN = 64; // queries of a tile, columns of a block
+
+// Online softmax over the columns for rows `group` and `group + 8` of a warp's 16 queries, in units of log 2.
+template <int kHeadDim>
+struct OnlineSoftmax {
+    float maximum[2] = {-kInfinity, -kInfinity};
+    float sum[2] = {0.0f, 0.0f}; // of this lane's columns
+    float output[kHeadDim / 8][4] = {};
+
+    // From scores, still to be multiplied by `scale` > 0, to weights, in place.
+    template <int kTiles>
+    __device__ void update(float (&score)[kTiles][4], float scale, bool is_first) {
+        float shift[2], rescale[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float even = score[0][2 * r], odd = score[0][2 * r + 1];
+#pragma unroll
+            for (int n = 1; n < kTiles; ++n) {
+                even = fmaxf(even, score[n][2 * r]);
+                odd = fmaxf(odd, score[n][2 * r + 1]);
+            }
+            const float largest = fmaxf(maximum[r], scale * quad_max(fmaxf(even, odd)));
+            shift[r] = largest == -kInfinity ? 0.0f : largest;
+            rescale[r] = exp2_approx(maximum[r] - shift[r]);
+            maximum[r] = largest;
+        }
+        if (!is_first) {
+#pragma unroll
+            for (int d = 0; d < kHeadDim / 8; ++d)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) output[d][i] *= rescale[i / 2];
+        }
+        float added[4] = {};
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                score[n][i] = exp2_approx(score[n][i] * scale - shift[i / 2]);
+                added[i] += score[n][i];
+            }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) sum[r] = sum[r] * rescale[r] + added[2 * r] + added[2 * r + 1];
+    }
+
+    // Weight columns 16 `step` onward as A of a product.
+    template <class S, int kTiles>
+    __device__ static void pack_weights(uint32_t (&a)[4], const float (&weight)[kTiles][4], int step) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            a[i] = pack<S>(weight[2 * step + i / 2][i % 2 * 2], weight[2 * step + i / 2][i % 2 * 2 + 1]);
+    }
+
+    // The output of row `group + 8 r` to rows of 8-column units, and its natural log-sum-exp, +inf if it is
+    // empty; `kept_scale` is dropout's.
+    template <class S, class UnitOf>
+    __device__ float store_row(int r, float kept_scale, UnitOf unit_of) const {
+        const int pair = threadIdx.x % 4 * 2;
+        const float total = quad_sum(sum[r]);
+        const float factor = total > 0.0f ? kept_scale * reciprocal_approx(total) : 0.0f;
+#pragma unroll
+        for (int d = 0; d < kHeadDim / 8; ++d)
+            *reinterpret_cast<uint32_t*>(unit_of(d) + pair) =
+                pack<S>(output[d][2 * r] * factor, output[d][2 * r + 1] * factor);
+        return total > 0.0f ? (maximum[r] + log2_approx(total)) * kLn2 : kInfinity;
+    }
+};
+
+} // namespace eva_attn::cuda::mma

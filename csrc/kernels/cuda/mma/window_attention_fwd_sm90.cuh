@@ -1,0 +1,602 @@
+// Joint attention over [a window's keys | landmarks], forward, with Hopper's asynchronous copies and
+// products: for windows without overlap, of at most 64 tokens or of a sequence's 128, 192 or 256, for up to
+// 64 landmarks, and none of the options but causality and the relative bias.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "kernels/cuda/mma/online_softmax.cuh"
+#include "kernels/cuda/mma/product.cuh"
+#include "kernels/cuda/mma/windows.cuh"
+#include "kernels/cuda/tma.cuh"
+
+namespace eva_attn::cuda::mma {
+
+constexpr int kWarpgroupSize = 128;
+
+template <class S, int kHeadDim>
+struct AttentionSm90Traits {
+    // Warpgroups that compute a tile of queries each; of one more, a warp loads, and a warp stores.
+    static constexpr int kWarpgroups = kHeadDim == 64 ? 3 : 2;
+    static constexpr int kConsumers = kWarpgroups * kWarpgroupSize;
+    static constexpr int kThreads = kConsumers + kWarpgroupSize;
+    static constexpr int kConsumerRegisters = kHeadDim == 64 ? 152 : 232;
+    static constexpr int kServiceRegisters = kHeadDim == 64 ? 56 : 40;
+    static constexpr int kMaxTiles = 4, kMaxKeySlots = 8, kMaxLandmarkSlots = 2;
+    static constexpr int kQuerySlots = 2 * kWarpgroups;
+    static constexpr int kPanels = kHeadDim / 64; // of 64 columns, in which a tile is kept
+    static constexpr int kPanelElements = kBlockM * 64;
+    static constexpr int kTileElements = kPanels * kPanelElements;
+    static_assert(kBlockM == kBlockN && kPanels * 64 == kHeadDim);
+
+    struct alignas(16) Barriers {
+        // [slot]; a block is the keys and the values of a block of columns. Slots of landmarks come last.
+        uint64_t query_full[kQuerySlots], query_empty[kQuerySlots], output_full[kQuerySlots];
+        uint64_t block_full[kMaxKeySlots + kMaxLandmarkSlots], block_empty[kMaxKeySlots + kMaxLandmarkSlots];
+    };
+};
+
+// Where a role stands in a ring of slots. It waits for every phase of those slots that it uses, as only the
+// parity of phases tells them apart.
+struct RingCursor {
+    int slot = 0;
+    uint32_t phase = 0;
+
+    __device__ void advance(int slots) {
+        if (++slot < slots) return;
+        slot = 0;
+        phase ^= 1;
+    }
+};
+
+struct AttentionSm90Plan {
+    Windows windows;
+    int batch, rows;
+    int64_t num_windows; // of all sequences
+    int tiles;           // of a window's queries, and of its keys
+    int tile_tokens;
+    bool has_landmarks;
+    int key_slots, landmark_slots;
+    bool has_bias_tile; // the biases of a window are kept as the accumulators hold them
+};
+
+struct AttentionSm90Maps {
+    CUtensorMap query, key, value, landmark_key, landmark_value, output;
+};
+
+// Windows are numbered by head, then batch, then position: a CTA's share of them changes its head rarely.
+struct WindowCursor {
+    int head, batch, row, column;
+    int left; // in this CTA's share
+
+    __device__ static WindowCursor first(const AttentionSm90Plan& plan) {
+        const auto begin = static_cast<int>(blockIdx.x * plan.num_windows / gridDim.x);
+        const auto end = static_cast<int>((blockIdx.x + 1) * plan.num_windows / gridDim.x);
+        const int sequence = begin / plan.windows.num_windows, window = begin % plan.windows.num_windows;
+        return WindowCursor{
+            .head = sequence / plan.batch,
+            .batch = sequence % plan.batch,
+            .row = window / plan.windows.columns,
+            .column = window % plan.windows.columns,
+            .left = end - begin,
+        };
+    }
+    __device__ bool begins_sequence() const { return row == 0 && column == 0; }
+    __device__ void advance(const AttentionSm90Plan& plan) {
+        --left;
+        if (++column < plan.windows.columns) return;
+        column = 0;
+        if (++row < plan.rows) return;
+        row = 0;
+        if (++batch < plan.batch) return;
+        batch = 0;
+        ++head;
+    }
+};
+
+template <class S, int kHeadDim>
+struct AttentionSm90 {
+    using Traits = AttentionSm90Traits<S, kHeadDim>;
+    static constexpr int kTile = Traits::kTileElements;
+
+    const AttentionParams& p;
+    const AttentionSm90Plan& plan;
+    const AttentionSm90Maps& maps;
+    S *queries, *blocks; // [slot][kTile], [slot][key, value][kTile]
+    typename Traits::Barriers& barriers;
+    float4* bias_tile; // [kBlockN / 8, kWarpgroupSize]
+    float* bias_table;
+
+    __device__ AttentionSm90(const AttentionParams& p, const AttentionSm90Plan& plan,
+                             const AttentionSm90Maps& maps, char* shared)
+        : p(p), plan(plan), maps(maps), queries(reinterpret_cast<S*>(shared)),
+          blocks(queries + Traits::kQuerySlots * kTile),
+          barriers(*reinterpret_cast<typename Traits::Barriers*>(
+              blocks + (plan.key_slots + plan.landmark_slots) * 2 * kTile)),
+          bias_tile(reinterpret_cast<float4*>(&barriers + 1)),
+          bias_table(reinterpret_cast<float*>(bias_tile +
+                                              (plan.has_bias_tile ? kBlockN / 8 * kWarpgroupSize : 0))) {}
+
+    static int64_t shared_bytes(const AttentionSm90Plan& plan) {
+        const int64_t tiles = Traits::kQuerySlots + 2 * (plan.key_slots + plan.landmark_slots);
+        return tiles * kTile * sizeof(S) + sizeof(typename Traits::Barriers) +
+               (plan.has_bias_tile ? kBlockM * kBlockN * sizeof(float) : 0) +
+               plan.windows.table_size * sizeof(float);
+    }
+
+    __device__ void init_barriers() const {
+        constexpr int kWarps = kWarpgroupSize / kWarpSize;
+#pragma unroll 1
+        for (int i = 0; i < Traits::kQuerySlots; ++i) {
+            barrier_init(&barriers.query_full[i], 1);
+            barrier_init(&barriers.query_empty[i], 1);
+            barrier_init(&barriers.output_full[i], kWarps);
+        }
+#pragma unroll 1
+        for (int i = 0; i < plan.key_slots + plan.landmark_slots; ++i) {
+            barrier_init(&barriers.block_full[i], 1);
+            barrier_init(&barriers.block_empty[i],
+                         kWarps * (i < plan.key_slots ? plan.tiles : Traits::kWarpgroups));
+        }
+        barrier_init_fence();
+    }
+
+    __device__ void prefetch_maps() const {
+        for (const CUtensorMap* map : {&maps.query, &maps.key, &maps.value, &maps.output}) prefetch_map(*map);
+        if (!plan.has_landmarks) return;
+        for (const CUtensorMap* map : {&maps.landmark_key, &maps.landmark_value}) prefetch_map(*map);
+    }
+
+    __device__ void load_tile(S* to, const CUtensorMap& map, uint64_t* full, int x, int y,
+                              const WindowCursor& at) const {
+#pragma unroll
+        for (int panel = 0; panel < Traits::kPanels; ++panel)
+            load_box(to + panel * Traits::kPanelElements, map, full, 64 * panel, x, y, at.head, at.batch);
+    }
+    __device__ void load_block(int slot, uint32_t phase, int rows, const CUtensorMap& key_map,
+                               const CUtensorMap& value_map, int x, int y, const WindowCursor& at) const {
+        barrier_wait(&barriers.block_empty[slot], phase ^ 1);
+        uint64_t* full = &barriers.block_full[slot];
+        barrier_arrive_expect(full, 2 * rows * kHeadDim * static_cast<int>(sizeof(S)));
+        load_tile(blocks + slot * 2 * kTile, key_map, full, x, y, at);
+        load_tile(blocks + slot * 2 * kTile + kTile, value_map, full, x, y, at);
+    }
+
+    // By one thread.
+    __device__ void load() const {
+        const Windows& w = plan.windows;
+        RingCursor query, key, landmark;
+        bool is_first = true;
+        const auto load_queries = [&](const WindowCursor& at, int tile) {
+            barrier_wait(&barriers.query_empty[query.slot], query.phase ^ 1);
+            uint64_t* full = &barriers.query_full[query.slot];
+            barrier_arrive_expect(full, plan.tile_tokens * kHeadDim * static_cast<int>(sizeof(S)));
+            load_tile(queries + query.slot * kTile, maps.query, full,
+                      at.column * w.queries.width + kBlockM * tile, at.row * w.queries.height, at);
+            query.advance(Traits::kQuerySlots);
+        };
+#pragma unroll 1
+        for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan)) {
+            const int at_once = min(Traits::kWarpgroups, plan.tiles);
+#pragma unroll 1
+            for (int tile = 0; tile < at_once; ++tile) load_queries(at, tile);
+#pragma unroll 1
+            for (int block = 0; block < plan.tiles; ++block) {
+                load_block(key.slot, key.phase, plan.tile_tokens, maps.key, maps.value,
+                           at.column * w.queries.width + kBlockN * block, at.row * w.queries.height, at);
+                key.advance(plan.key_slots);
+            }
+            if (plan.has_landmarks && (is_first || at.begins_sequence())) {
+                load_block(plan.key_slots + landmark.slot, landmark.phase, kBlockN, maps.landmark_key,
+                           maps.landmark_value, 0, 0, at);
+                landmark.advance(plan.landmark_slots);
+            }
+            is_first = false;
+#pragma unroll 1
+            for (int tile = at_once; tile < plan.tiles; ++tile) load_queries(at, tile);
+        }
+    }
+
+    // By one thread.
+    __device__ void store() const {
+        const Windows& w = plan.windows;
+        RingCursor query;
+#pragma unroll 1
+        for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan)) {
+#pragma unroll 1
+            for (int tile = 0; tile < plan.tiles; ++tile) {
+                barrier_wait(&barriers.output_full[query.slot], query.phase);
+#pragma unroll
+                for (int panel = 0; panel < Traits::kPanels; ++panel)
+                    store_box(queries + query.slot * kTile + panel * Traits::kPanelElements, maps.output,
+                              64 * panel, at.column * w.queries.width + kBlockM * tile,
+                              at.row * w.queries.height, at.head, at.batch);
+                store_commit();
+                store_wait_read();
+                barrier_arrive(&barriers.query_empty[query.slot]);
+                query.advance(Traits::kQuerySlots);
+            }
+        }
+    }
+
+    // A tile of queries and the columns that some of them see: blocks of the window, then the landmarks.
+    struct Unit {
+        TokenBox box; // the window's
+        int tile, window_blocks, blocks;
+        S* queries; // then the output
+    };
+
+    // Blocks `first` onward; `key` stands at them if they are the window's.
+    template <int kBlocks>
+    __device__ void attend_blocks(OnlineSoftmax<kHeadDim>& softmax, const Unit& unit, int first,
+                                  RingCursor& key, const RingCursor& landmark) const {
+        using Scores = float[kBlockN / 8][4];
+        float score[kBlocks * kBlockN / 8][4];
+        const auto block_score = [&](int i) -> Scores& {
+            return reinterpret_cast<Scores&>(score[i * kBlockN / 8]);
+        };
+        const S* key_tile[kBlocks];
+        uint64_t* empty[kBlocks]; // null: not to be released
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) {
+            const bool of_window = first + i < unit.window_blocks;
+            const int slot = of_window ? key.slot : plan.key_slots + landmark.slot;
+            key_tile[i] = blocks + slot * 2 * kTile;
+            empty[i] = of_window ? &barriers.block_empty[slot] : nullptr;
+            begin_scores(block_score(i), unit.tile, of_window ? first + i : plan.tiles);
+            barrier_wait(&barriers.block_full[slot], of_window ? key.phase : landmark.phase);
+            if (of_window) key.advance(plan.key_slots);
+        }
+
+        const uint64_t from_query = tile_descriptor(unit.queries);
+        warpgroup_fence();
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) {
+            const uint64_t from_key = tile_descriptor(key_tile[i]);
+#pragma unroll
+            for (int d = 0; d < kHeadDim / 16; ++d) {
+                const int offset = d / 4 * (Traits::kPanelElements / 8) + d % 4 * 2;
+                warpgroup_multiply<S, 0, 0>(block_score(i), from_query + offset, from_key + offset, 1);
+            }
+        }
+        warpgroup_commit();
+        warpgroup_wait();
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) {
+            fence_registers(block_score(i));
+            if (!empty[i]) {
+                hide_landmarks(block_score(i), unit);
+            } else if (!unit.box.is_whole()) {
+                hide_outside(block_score(i), unit.box, first + i);
+            }
+        }
+        softmax.update(score, static_cast<float>(p.scale) * kLog2e, first == 0);
+
+        uint32_t weight[kBlocks * kBlockN / 16][4];
+#pragma unroll
+        for (int k = 0; k < kBlocks * kBlockN / 16; ++k)
+            softmax.template pack_weights<S>(weight[k], score, k);
+        using Output = float[8][4];
+        const auto panel_output = [&](int panel) -> Output& {
+            return reinterpret_cast<Output&>(softmax.output[8 * panel]);
+        };
+        warpgroup_fence();
+#pragma unroll
+        for (int k = 0; k < kBlocks * kBlockN / 16; ++k) {
+            const uint64_t from_value = tile_descriptor(key_tile[k / 4] + kTile) + k % 4 * 128;
+#pragma unroll
+            for (int panel = 0; panel < Traits::kPanels; ++panel)
+                warpgroup_multiply<S, 1>(panel_output(panel), weight[k],
+                                         from_value + panel * (Traits::kPanelElements / 8), 1);
+        }
+        warpgroup_commit();
+        warpgroup_wait();
+#pragma unroll
+        for (int panel = 0; panel < Traits::kPanels; ++panel) fence_registers(panel_output(panel));
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i)
+            if (empty[i]) release(empty[i]);
+    }
+
+    // By the warpgroups, which take turns at the tiles.
+    __device__ void attend() const {
+        const Windows& w = plan.windows;
+        const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroupSize, 0);
+        clear_padding();
+
+        int head = -1, turn = 0;
+        RingCursor query, key, landmark;
+#pragma unroll 1
+        for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan)) {
+            if (at.head != head) fill_bias(at.head);
+            head = at.head;
+#pragma unroll 1
+            for (int tile = 0; tile < plan.tiles; ++tile) {
+                if (turn == warpgroup) {
+                    const Unit unit = unit_of(at, tile, queries + query.slot * kTile);
+                    OnlineSoftmax<kHeadDim> softmax;
+                    RingCursor unit_key = key;
+                    barrier_wait(&barriers.query_full[query.slot], query.phase);
+                    int block = 0;
+#pragma unroll 1
+                    for (; block + 1 < unit.blocks; block += 2)
+                        attend_blocks<2>(softmax, unit, block, unit_key, landmark);
+                    if (block < unit.blocks) attend_blocks<1>(softmax, unit, block, unit_key, landmark);
+#pragma unroll 1
+                    for (int hidden = unit.window_blocks; hidden < plan.tiles; ++hidden) {
+                        barrier_wait(&barriers.block_full[unit_key.slot], unit_key.phase);
+                        release(&barriers.block_empty[unit_key.slot]);
+                        unit_key.advance(plan.key_slots);
+                    }
+                    warpgroup_sync(warpgroup);
+                    put_output(softmax, unit, at, &barriers.output_full[query.slot]);
+                }
+                query.advance(Traits::kQuerySlots);
+                if (++turn == Traits::kWarpgroups) turn = 0;
+            }
+#pragma unroll 1
+            for (int block = 0; block < plan.tiles; ++block) key.advance(plan.key_slots);
+            if (plan.has_landmarks && at.row == plan.rows - 1 && at.column == w.columns - 1) {
+                const int slot = plan.key_slots + landmark.slot;
+                barrier_wait(&barriers.block_full[slot], landmark.phase);
+                release(&barriers.block_empty[slot]);
+                landmark.advance(plan.landmark_slots);
+            }
+        }
+    }
+
+  private:
+    __device__ static void warpgroup_sync(int warpgroup) {
+        asm volatile("bar.sync %0, %1;\n" ::"r"(1 + warpgroup), "n"(kWarpgroupSize) : "memory");
+    }
+    __device__ static void consumers_sync() {
+        asm volatile("bar.sync 8, %0;\n" ::"n"(Traits::kConsumers) : "memory");
+    }
+
+    __device__ static void release(uint64_t* barrier) {
+        __syncwarp();
+        if (threadIdx.x % kWarpSize == 0) barrier_arrive(barrier);
+    }
+
+    __device__ Unit unit_of(const WindowCursor& at, int tile, S* queries) const {
+        const TokenBox box = plan.windows.query_box(at.row, at.column);
+        const bool is_causal = p.shape.geometry.is_causal;
+        const int window_blocks = is_causal ? tile + 1 : plan.tiles;
+        const int landmarks = landmarks_before(box.x0 + kBlockM * (tile + 1) - 1);
+        return Unit{box, tile, window_blocks, window_blocks + (landmarks > 0), queries};
+    }
+
+    __device__ void put_output(const OnlineSoftmax<kHeadDim>& softmax, const Unit& unit,
+                               const WindowCursor& at, uint64_t* output_full) const {
+        const int lane = threadIdx.x % kWarpSize;
+        const int first_row = threadIdx.x % kWarpgroupSize / kWarpSize * 16 + lane / 4;
+        float logsumexp[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+            logsumexp[r] = softmax.template store_row<S>(r, 1.0f, [&](int d) {
+                const Tile<S, 64> panel{unit.queries + d / 8 * Traits::kPanelElements};
+                return panel.unit(first_row, d % 8) + 8 * r * 64;
+            });
+        fence_async_proxy();
+        release(output_full);
+
+        const int64_t sequence = static_cast<int64_t>(at.batch) * p.shape.heads + at.head;
+        auto* to = static_cast<float*>(p.logsumexp) + sequence * plan.windows.num_tokens;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int token = unit.box.token(kBlockM * unit.tile + first_row + 8 * r);
+            if (lane % 4 == 0 && token >= 0) to[token] = logsumexp[r];
+        }
+    }
+
+    // Zeros in the rows of blocks that no box of tokens reaches: weights there are 0.
+    __device__ void clear_padding() const {
+        const int first = plan.tile_tokens * 8, units = kTile / Traits::kPanels / 8 - first;
+        if (units == 0) return;
+        for (int panel = 0; panel < plan.key_slots * 2 * Traits::kPanels; ++panel)
+            for (int i = threadIdx.x; i < units; i += Traits::kConsumers)
+                reinterpret_cast<uint4*>(blocks + panel * Traits::kPanelElements)[first + i] =
+                    uint4{0, 0, 0, 0};
+        fence_async_proxy();
+        consumers_sync();
+    }
+
+    // Of a head, divided by the scale: scores begin with them.
+    __device__ void fill_bias(int head) const {
+        const Windows& w = plan.windows;
+        if (!w.has_table && !plan.has_bias_tile) return;
+        consumers_sync();
+        fill_bias_table<Traits::kConsumers>(p, w, head, bias_table, 1.0f / static_cast<float>(p.scale));
+        consumers_sync();
+        if (!plan.has_bias_tile) return;
+        const int thread = threadIdx.x % kWarpgroupSize, lane = threadIdx.x % kWarpSize;
+        const int row = thread / kWarpSize * 16 + lane / 4;
+        for (int n = threadIdx.x / kWarpgroupSize; n < kBlockN / 8; n += Traits::kWarpgroups) {
+            float bias[4];
+            for (int i = 0; i < 4; ++i) {
+                const int column = 8 * n + lane % 4 * 2 + i % 2;
+                const int place = column < w.keys.size() ? w.key_place(column) : w.hidden;
+                bias[i] = bias_table[place - w.query_place(min(row + i / 2 * 8, w.queries.size() - 1))];
+            }
+            bias_tile[n * kWarpgroupSize + thread] = float4{bias[0], bias[1], bias[2], bias[3]};
+        }
+        consumers_sync();
+    }
+
+    __device__ void begin_scores(float (&score)[kBlockN / 8][4], int tile, int block) const {
+        const int thread = threadIdx.x % kWarpgroupSize, lane = threadIdx.x % kWarpSize;
+        const Windows& w = plan.windows;
+        if (block < plan.tiles && plan.has_bias_tile) {
+#pragma unroll
+            for (int n = 0; n < kBlockN / 8; ++n) {
+                const float4 bias = bias_tile[n * kWarpgroupSize + thread];
+                score[n][0] = bias.x;
+                score[n][1] = bias.y;
+                score[n][2] = bias.z;
+                score[n][3] = bias.w;
+            }
+        } else if (block < plan.tiles && (p.relative_bias || (p.shape.geometry.is_causal && block == tile))) {
+            const int row = thread / kWarpSize * 16 + lane / 4, column = lane % 4 * 2;
+            const float* bias = bias_table + w.center + kBlockN * (block - tile) + column - row;
+#pragma unroll
+            for (int n = 0; n < kBlockN / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) score[n][i] = bias[8 * n + i % 2 - i / 2 * 8];
+        } else {
+#pragma unroll
+            for (int n = 0; n < kBlockN / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) score[n][i] = 0.0f;
+        }
+    }
+
+    __device__ int landmarks_before(int token) const {
+        const int landmarks = static_cast<int>(p.num_landmarks);
+        const Geometry& g = p.shape.geometry;
+        return g.is_causal ? min(landmarks, token / static_cast<int>(g.chunk_width)) : landmarks;
+    }
+
+    // Bit 2 n + i of `hidden` stands for column 8 n + pair + i.
+    __device__ static void hide(float (&score)[kBlockN / 8][4], const uint32_t (&hidden)[2]) {
+#pragma unroll
+        for (int part = 0; part < 4; ++part) {
+            if (((hidden[0] | hidden[1]) >> 4 * part & 15) == 0) continue;
+#pragma unroll
+            for (int n = 2 * part; n < 2 * part + 2; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (hidden[i / 2] >> (2 * n + i % 2) & 1) score[n][i] = -kInfinity;
+        }
+    }
+    // Of a window that the grid's border cuts.
+    __device__ static void hide_outside(float (&score)[kBlockN / 8][4], const TokenBox& box, int block) {
+        const int first = block * kBlockN + threadIdx.x % 4 * 2;
+        uint32_t outside = 0;
+#pragma unroll 1
+        for (int i = 0; i < kBlockN / 4; ++i)
+            outside |= static_cast<uint32_t>(box.token(first + i / 2 * 8 + i % 2) < 0) << i;
+        hide(score, {outside, outside});
+    }
+    __device__ void hide_landmarks(float (&score)[kBlockN / 8][4], const Unit& unit) const {
+        const int first = unit.box.x0 + kBlockM * unit.tile;
+        if (landmarks_before(first) == kBlockN) return;
+        const int thread = threadIdx.x % kWarpgroupSize, lane = threadIdx.x % kWarpSize;
+        uint32_t hidden[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int visible = landmarks_before(first + thread / kWarpSize * 16 + lane / 4 + 8 * r);
+            const int before = visible / 8 * 2 + max(0, min(visible % 8 - lane % 4 * 2, 2));
+            hidden[r] = visible == kBlockN ? 0 : ~0u << before;
+        }
+        hide(score, hidden);
+    }
+};
+
+// Compiled for Hopper alone, as the launch bounds tell.
+template <class S, int kHeadDim>
+__global__ void __launch_bounds__(kHasWarpgroups ? AttentionSm90Traits<S, kHeadDim>::kThreads : kWarpSize, 1)
+    window_attention_fwd_sm90_kernel(const __grid_constant__ AttentionParams p,
+                                     const __grid_constant__ AttentionSm90Plan plan,
+                                     const __grid_constant__ AttentionSm90Maps maps) {
+    if constexpr (kHasWarpgroups) {
+        using Traits = AttentionSm90Traits<S, kHeadDim>;
+        extern __shared__ __align__(1024) char attention_tiles[];
+        const AttentionSm90<S, kHeadDim> attention(p, plan, maps, attention_tiles);
+        const int role = threadIdx.x / kWarpSize - Traits::kConsumers / kWarpSize;
+        if (threadIdx.x == 0) attention.init_barriers();
+        if (threadIdx.x == Traits::kConsumers) attention.prefetch_maps();
+        __syncthreads();
+        if (role < 0) {
+            warpgroup_take_registers<Traits::kConsumerRegisters>();
+            attention.attend();
+        } else {
+            warpgroup_give_registers<Traits::kServiceRegisters>();
+            if (threadIdx.x % kWarpSize != 0) return;
+            if (role == 0) attention.load();
+            if (role == 1) attention.store();
+        }
+    }
+}
+
+// False where this kernel was not compiled for the device, or does not do what is asked.
+template <class S, int kHeadDim>
+bool launch_window_attention_fwd_sm90(const AttentionParams& p, cudaStream_t stream) {
+    using Traits = AttentionSm90Traits<S, kHeadDim>;
+    using Attention = AttentionSm90<S, kHeadDim>;
+    const Geometry& g = p.shape.geometry;
+    const auto kernel = window_attention_fwd_sm90_kernel<S, kHeadDim>;
+    Windows w = Windows::of(p);
+    const bool is_one_tile = w.queries.size() <= kBlockM;
+    const bool has_whole_tiles = w.queries.height == 1 && w.queries.width % kBlockM == 0 &&
+                                 w.queries.width <= kBlockM * Traits::kMaxTiles;
+    if (p.dropout.threshold > 0 || p.key_padding_mask || p.landmark_bias || p.extents ||
+        g.num_prefix_tokens > 0 || g.windows_overlap() || p.num_landmarks > kBlockN ||
+        !(is_one_tile || has_whole_tiles))
+        return false;
+    if (!is_one_tile) w.table_size = w.table_height * w.table_width; // no place is hidden
+    const int64_t num_windows = p.shape.batch * p.shape.heads * w.num_windows;
+    if (num_windows == 0) return true;
+    if (num_windows > INT_MAX) return false;
+    const int64_t ctas = std::min<int64_t>(num_windows, multiprocessors());
+    AttentionSm90Plan plan{
+        .windows = w,
+        .batch = static_cast<int>(p.shape.batch),
+        .rows = static_cast<int>(g.window_rows()),
+        .num_windows = num_windows,
+        .tiles = is_one_tile ? 1 : w.queries.width / kBlockM,
+        .tile_tokens = std::min(w.queries.size(), kBlockM),
+        .has_landmarks = p.num_landmarks > 0,
+        .key_slots = 0,
+        .landmark_slots = p.num_landmarks > 0 ? Traits::kMaxLandmarkSlots : 0,
+        .has_bias_tile = is_one_tile,
+    };
+    // So many that each warpgroup meets every phase of the slots that it uses.
+    const bool meets_all_windows = plan.tiles >= Traits::kWarpgroups;
+    const int min_slots = meets_all_windows ? plan.tiles : plan.tiles * Traits::kWarpgroups;
+    plan.key_slots = meets_all_windows ? Traits::kMaxKeySlots : Traits::kMaxKeySlots / min_slots * min_slots;
+
+    cudaFuncAttributes attributes;
+    int device = 0, shared_per_sm = 0, reserved = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
+    const int64_t available = shared_per_sm - reserved;
+    while (Attention::shared_bytes(plan) > available) {
+        if (plan.key_slots > 2 * min_slots || (plan.landmark_slots <= 1 && plan.key_slots > min_slots)) {
+            plan.key_slots -= meets_all_windows ? 1 : min_slots;
+        } else if (plan.landmark_slots > 1) {
+            --plan.landmark_slots;
+        } else {
+            return false;
+        }
+    }
+    if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess ||
+        attributes.maxThreadsPerBlock < Traits::kThreads)
+        return false;
+
+    AttentionSm90Maps maps;
+    const auto make_map = [&](CUtensorMap& map, const Rows& rows) {
+        return make_tensor_map(map, std::is_same_v<S, __half>, rows, p.shape.batch, p.shape.heads,
+                               g.grid_height, g.grid_width, p.shape.head_dim, w.queries.height,
+                               is_one_tile ? w.queries.width : kBlockM);
+    };
+    const auto make_landmark_map = [&](CUtensorMap& map, const void* data) {
+        const int64_t stride = p.num_landmarks * p.shape.head_dim;
+        const Rows rows{const_cast<void*>(data), p.shape.heads * stride, stride, p.shape.head_dim, 1};
+        return p.num_landmarks == 0 ||
+               make_tensor_map(map, std::is_same_v<S, __half>, rows, p.shape.batch, p.shape.heads, 1,
+                               p.num_landmarks, p.shape.head_dim, 1, kBlockN);
+    };
+    if (!make_map(maps.query, p.query) || !make_map(maps.key, p.key) || !make_map(maps.value, p.value) ||
+        !make_map(maps.output, p.output) || !make_landmark_map(maps.landmark_key, p.landmark_key) ||
+        !make_landmark_map(maps.landmark_value, p.landmark_value))
+        return false;
+
+    const auto bytes = static_cast<int>(Attention::shared_bytes(plan));
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, bytes, stream>>>(p, plan, maps);
+    return true;
+}
+
+} // namespace eva_attn::cuda::mma
