@@ -140,4 +140,9 @@ __device__ inline float reciprocal_approx(float x) {
     return y;
 }
 
+// Asks for a line to be brought into the L2 cache.
+__device__ inline void prefetch(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];\n" ::"l"(global));
+}
+
 } // namespace eva_attn::cuda

@@ -1,4 +1,5 @@
-// Instantiates the backward kernels; head dims are padded to 64 or 128 in shared memory.
+// Instantiates the backward kernels; head dims are padded to 64 or 128 in shared memory. Those for 128 take
+// dropout in any case, which costs them little.
 #pragma once
 
 #include "kernels/cuda/mma/backward.h"
@@ -32,35 +33,31 @@ int64_t Backward<S>::global_pieces(const AttentionParams& p) {
                                   : count_global_pieces<GlobalGradTraits<S, 128>>(p);
 }
 
-template <class S, int kHeadDim, bool kHasDropout>
-void launch_window_grads(const AttentionParams& p, cudaStream_t stream) {
-    is_one_block(p.shape.geometry)
-        ? launch_window_attention_bwd<WindowGradTraits<S, kHeadDim, kHasDropout>>(p, stream)
-        : launch_window_attention_bwd_blocks<BlockGradTraits<S, kHeadDim, kHasDropout>>(p, stream);
-}
-
 template <class S>
 void Backward<S>::window_attention(const AttentionParams& p, cudaStream_t stream) {
-    const bool has_dropout = p.dropout.threshold > 0;
-    if (p.shape.head_dim <= 64) {
-        has_dropout ? launch_window_grads<S, 64, true>(p, stream)
-                    : launch_window_grads<S, 64, false>(p, stream);
+    const bool is_narrow = p.shape.head_dim <= 64;
+    if (is_one_block(p.shape.geometry)) {
+        !is_narrow      ? launch_window_attention_bwd<WindowGradTraits<S, 128, true>>(p, stream)
+        : is_general(p) ? launch_window_attention_bwd<WindowGradTraits<S, 64, true>>(p, stream)
+                        : launch_window_attention_bwd<WindowGradTraits<S, 64, false>>(p, stream);
     } else {
-        has_dropout ? launch_window_grads<S, 128, true>(p, stream)
-                    : launch_window_grads<S, 128, false>(p, stream);
+        !is_narrow ? launch_window_attention_bwd_blocks<BlockGradTraits<S, 128, true>>(p, stream)
+        : p.dropout.threshold > 0
+            ? launch_window_attention_bwd_blocks<BlockGradTraits<S, 64, true>>(p, stream)
+            : launch_window_attention_bwd_blocks<BlockGradTraits<S, 64, false>>(p, stream);
     }
 }
 
 template <class S>
 int64_t Backward<S>::bias_pieces(const AttentionParams& p) {
     return p.shape.head_dim <= 64 ? count_bias_pieces<WindowGradTraits<S, 64, false>>(p)
-                                  : count_bias_pieces<WindowGradTraits<S, 128, false>>(p);
+                                  : count_bias_pieces<WindowGradTraits<S, 128, true>>(p);
 }
 
 template <class S>
 int64_t Backward<S>::shared_bytes(const AttentionParams& p) {
     return p.shape.head_dim <= 64 ? sizeof(typename WindowGradTraits<S, 64, false>::Shared)
-                                  : sizeof(typename WindowGradTraits<S, 128, false>::Shared);
+                                  : sizeof(typename WindowGradTraits<S, 128, true>::Shared);
 }
 
 } // namespace eva_attn::cuda::mma

@@ -29,6 +29,18 @@ inline int64_t count_slices(int64_t items, int64_t tiles, int64_t slots) {
     return best;
 }
 
+// What dropout makes of the numbers that a lane holds of a product's result, by bits.
+template <bool kHasDropout>
+struct DropoutFactors {
+    uint32_t kept;
+    float scale;
+
+    __device__ float operator()(float x, int n, int e) const {
+        if constexpr (!kHasDropout) return x;
+        return kept >> (4 * n + e) & 1 ? x * scale : 0.0f;
+    }
+};
+
 template <bool kHasDropout>
 struct DropoutWeights {
     uint64_t seed, threshold;
@@ -36,16 +48,29 @@ struct DropoutWeights {
     float scale;
 
     __device__ DropoutWeights(const AttentionParams& p, int64_t bh_index)
-        : seed(kHasDropout ? static_cast<uint64_t>(*p.dropout_seed) : 0), threshold(p.dropout.threshold),
-          bh(static_cast<uint32_t>(bh_index)), scale(static_cast<float>(p.dropout.scale)) {}
+        : seed(kHasDropout && p.dropout_seed ? static_cast<uint64_t>(*p.dropout_seed) : 0),
+          threshold(p.dropout.threshold), bh(static_cast<uint32_t>(bh_index)),
+          scale(static_cast<float>(p.dropout.scale)) {}
 
-    // What the weight of an entry is multiplied by.
-    __device__ float factor(int query, int entry) const {
-        if constexpr (!kHasDropout) return 1.0f;
-        const PhiloxWords words = philox4x32_10(seed, entry / 4, query, bh, 0);
-        const uint32_t low = entry % 2 ? words.word[1] : words.word[0];
-        const uint32_t high = entry % 2 ? words.word[3] : words.word[2];
-        return (entry % 4 < 2 ? low : high) >= threshold ? scale : 0.0f;
+    // Of kTiles x 4 numbers; query(n, e) and entry(n, e) belong to number e of tile n.
+    template <int kTiles, class Query, class Entry>
+    __device__ DropoutFactors<kHasDropout> factors(const Query& query, const Entry& entry) const {
+        static_assert(4 * kTiles <= 32);
+        uint32_t kept = ~0u;
+        if (kHasDropout && threshold > 0) {
+            kept = 0;
+#pragma unroll 1
+            for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int column = entry(n, e);
+                    const PhiloxWords words = philox4x32_10(seed, column / 4, query(n, e), bh, 0);
+                    const uint32_t low = column % 2 ? words.word[1] : words.word[0];
+                    const uint32_t high = column % 2 ? words.word[3] : words.word[2];
+                    kept |= static_cast<uint32_t>((column % 4 < 2 ? low : high) >= threshold) << (4 * n + e);
+                }
+        }
+        return {kept, scale};
     }
 };
 
@@ -80,6 +105,38 @@ __device__ inline float dot(const S* a, const S* b) {
     };
     add(x.x, y.x), add(x.y, y.y), add(x.z, y.z), add(x.w, y.w);
     return sum;
+}
+
+// A warp's 16 rows of gradients go out by way of its rows of a tile, from row `own` on.
+template <class S, int kHeadDim>
+__device__ inline void stage_gradient(const float (&gradient)[kHeadDim / 8][4], Tile<S, kHeadDim> staging,
+                                      int own) {
+    const int lane = threadIdx.x % kWarpSize, group = lane / 4, pair = lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n)
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+            *reinterpret_cast<uint32_t*>(staging.unit(own + group + 8 * r, n) + pair) =
+                pack<S>(gradient[n][2 * r], gradient[n][2 * r + 1]);
+    __syncwarp();
+}
+// token_of(row): where row goes, negative: nowhere.
+template <class S, int kHeadDim, class TokenOf>
+__device__ inline void store_staged(Tile<S, kHeadDim> staging, int own, S* base, int64_t stride, int head_dim,
+                                    const TokenOf& token_of) {
+    constexpr int kUnits = kHeadDim / 8;
+    const int lane = threadIdx.x % kWarpSize, unit = lane % kUnits;
+    const int row_stride = static_cast<int>(stride);
+    S* const column = base + unit * 8;
+#pragma unroll
+    for (int i = 0; i < kUnits / 2; ++i) {
+        const int row = own + lane / kUnits + i * (kWarpSize / kUnits);
+        const int token = token_of(row);
+        if (token >= 0 && unit * 8 < head_dim)
+            *reinterpret_cast<uint4*>(column + static_cast<int64_t>(token) * row_stride) =
+                *reinterpret_cast<const uint4*>(staging.unit(row, unit));
+    }
+    __syncwarp();
 }
 
 } // namespace eva_attn::cuda::mma

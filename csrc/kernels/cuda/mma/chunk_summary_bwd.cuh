@@ -1,5 +1,6 @@
-// Backward of the summaries, in three kernels: omega again; from the gradients of landmark values to what
-// each token needs of its chunk and to the gradient of omega; then through the projections.
+// Backward of the summaries, in three kernels: omega again, and the sums of the landmark gradients' pieces;
+// from the gradients of landmark values to what each token needs of its chunk and to the gradient of omega;
+// then through the projections.
 #pragma once
 
 #include "kernels/cuda/mma/bwd_utils.cuh"
@@ -11,39 +12,47 @@ __device__ inline float parameter(const Projection& a, const void* data, int i) 
     if (a.dtype == DType::kFloat) return static_cast<const float*>(data)[i];
     return static_cast<float>(static_cast<const S*>(data)[i]);
 }
-template <class S>
-__device__ inline float4 load_parameters(const Projection& a, const void* data, int i) {
-    if (a.dtype == DType::kFloat)
-        return *reinterpret_cast<const float4*>(static_cast<const float*>(data) + i);
-    const uint2 packed = *reinterpret_cast<const uint2*>(static_cast<const S*>(data) + i);
-    const float2 low = unpack<S>(packed.x), high = unpack<S>(packed.y);
-    return make_float4(low.x, low.y, high.x, high.y);
-}
 
-// The means of up to kMaxChunks chunks go through the projections together.
+// [rows, kColumns] of floats; groups of eight columns are permuted by the row, so that neither eight rows of
+// a column nor pairs of columns of four rows meet in a bank.
+template <int kColumns>
+struct FloatTile {
+    float* data;
+
+    __device__ float* at(int row, int column) const {
+        return data + row * kColumns + (column ^ ((row & 3) ^ (row >> 2 & 1)) * 8);
+    }
+    __device__ float2& pair(int row, int column) const { return *reinterpret_cast<float2*>(at(row, column)); }
+};
+
+// The means of up to kMaxChunks chunks go through the projections together: a warp takes 16 of them, and one
+// of the two projections. Numbers are in registers as in a product's result: [columns / 8][4].
 template <class S_, int kHeadDim_>
 struct ProjectionTraits {
     using S = S_;
     static constexpr int kHeadDim = kHeadDim_;
     static constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
     static constexpr int kCtasPerSm = kHeadDim == 64 ? 2 : 1;
-    static constexpr int kMaxChunks = kHeadDim == 64 ? 32 : 16;
-    static constexpr int kUnits = kHeadDim / 8;
-    static constexpr int kLd = kHeadDim + 4;
+    static constexpr int kTiles = kHeadDim / 8;
+    static constexpr int kRowTiles = kHeadDim == 64 ? 4 : 2;
+    static constexpr int kMaxChunks = 16 * kRowTiles;
     static constexpr bool kKeepWeights = kHeadDim == 64; // in shared memory
     // Gradient of a Linear's weight: 16 rows of it make a tile.
     static constexpr int kWeightTiles = 2 * kHeadDim / 16 / kWarps;
 
-    using Matrix = float[kMaxChunks][kLd];
-    struct Shared {
-        // Of the key's projection, of the query's. Factors of products are rounded to tf32.
-        float weight[2][kKeepWeights ? kHeadDim : 1][kLd];
+    // Of the key's projection, of the query's. Factors of products are rounded to tf32.
+    struct Weights {
+        float weight[2][kKeepWeights ? kHeadDim * kHeadDim : 2];
         float bias[2][kHeadDim], norm_weight[2][kHeadDim], norm_bias[2][kHeadDim];
-        Matrix mean[2];
-        Matrix hat[2];      // (normalised) output of the Linear, then the gradient of that output
-        Matrix grad_out[2]; // gradient of the landmarks
-        float rstd[2][kMaxChunks];
-        float inverse_divisor[kMaxChunks];
+    };
+    struct OmegaShared {
+        Weights weights;
+        float mean[kWarps][16 * kHeadDim];
+    };
+    struct Shared {
+        Weights weights;
+        float mean[2][kMaxChunks * kHeadDim];
+        float grad_linear[2][kMaxChunks * kHeadDim];
     };
 };
 
@@ -75,150 +84,258 @@ __device__ inline int count_branches(const SummaryParams& p) {
     return !p.has_projection ? 0 : p.has_query_projection ? 2 : 1;
 }
 
-template <class Traits>
-__device__ inline void load_projections(const SummaryParams& p, typename Traits::Shared& shared) {
-    using S = typename Traits::S;
+__device__ inline float4 load_four(const float* from) { return *reinterpret_cast<const float4*>(from); }
+template <class S>
+__device__ inline float4 load_four(const S* from) {
+    const uint2 packed = *reinterpret_cast<const uint2*>(from);
+    const float2 low = unpack<S>(packed.x), high = unpack<S>(packed.y);
+    return make_float4(low.x, low.y, high.x, high.y);
+}
+
+template <class Traits, class Weight>
+__device__ inline void load_linear(float* shared, const Weight* weight, int head_dim) {
     constexpr int kHeadDim = Traits::kHeadDim, kThreads = Traits::kThreads;
+    constexpr int kCount = kHeadDim * kHeadDim / 4 / kThreads;
+    float4 x[kCount];
+    const auto row = [](int i) { return static_cast<int>(threadIdx.x + i * kThreads) / (kHeadDim / 4); };
+    const int column = threadIdx.x % (kHeadDim / 4) * 4;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+        x[i] = row(i) < head_dim && column < head_dim ? load_four(weight + row(i) * head_dim + column)
+                                                      : float4{};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+        *reinterpret_cast<float4*>(FloatTile<kHeadDim>{shared}.at(row(i), column)) = make_float4(
+            round_to_tf32(x[i].x), round_to_tf32(x[i].y), round_to_tf32(x[i].z), round_to_tf32(x[i].w));
+}
+
+template <class Traits>
+__device__ inline void load_projections(const SummaryParams& p, typename Traits::Weights& weights) {
+    using S = typename Traits::S;
+    constexpr int kHeadDim = Traits::kHeadDim;
     const int head_dim = static_cast<int>(p.shape.head_dim), branches = count_branches(p);
-    for (int branch = 0; branch < 2; ++branch) {
+    for (int branch = 0; branch < branches; ++branch) {
         const Projection& a = branch ? p.query_projection : p.key_projection;
-        const bool present = branch < branches;
-#pragma unroll 4
-        for (int i = threadIdx.x; Traits::kKeepWeights && i < kHeadDim * kHeadDim / 4; i += kThreads) {
-            const int row = i / (kHeadDim / 4), column = i % (kHeadDim / 4) * 4;
-            const bool inside = present && row < head_dim && column < head_dim;
-            const float4 x = inside ? load_parameters<S>(a, a.weight, row * head_dim + column) : float4{};
-            *reinterpret_cast<float4*>(&shared.weight[branch][row][column]) =
-                make_float4(round_to_tf32(x.x), round_to_tf32(x.y), round_to_tf32(x.z), round_to_tf32(x.w));
+        if constexpr (Traits::kKeepWeights) {
+            if (a.dtype == DType::kFloat) {
+                load_linear<Traits>(weights.weight[branch], static_cast<const float*>(a.weight), head_dim);
+            } else {
+                load_linear<Traits>(weights.weight[branch], static_cast<const S*>(a.weight), head_dim);
+            }
         }
-        for (int i = threadIdx.x; i < kHeadDim; i += kThreads) {
-            const bool inside = present && i < head_dim;
-            shared.bias[branch][i] = inside && a.bias ? parameter<S>(a, a.bias, i) : 0.0f;
-            shared.norm_weight[branch][i] =
-                inside && a.norm_weight ? parameter<S>(a, a.norm_weight, i) : 1.0f;
-            shared.norm_bias[branch][i] = inside && a.norm_bias ? parameter<S>(a, a.norm_bias, i) : 0.0f;
+    }
+    if (threadIdx.x >= 2 * kHeadDim) return;
+    const int branch = threadIdx.x / kHeadDim, i = threadIdx.x % kHeadDim;
+    const Projection& a = branch ? p.query_projection : p.key_projection;
+    const bool inside = branch < branches && i < head_dim;
+    const float bias = inside && a.bias ? parameter<S>(a, a.bias, i) : 0.0f;
+    const float norm_weight = inside && a.norm_weight ? parameter<S>(a, a.norm_weight, i) : 1.0f;
+    const float norm_bias = inside && a.norm_bias ? parameter<S>(a, a.norm_bias, i) : 0.0f;
+    weights.bias[branch][i] = bias;
+    weights.norm_weight[branch][i] = norm_weight;
+    weights.norm_bias[branch][i] = norm_bias;
+}
+
+// 16 rows of head_dim floats, of which `count` exist.
+template <int kTiles>
+__device__ inline void load_rows(float (&x)[kTiles][4], const void* rows, int64_t first, int count,
+                                 int head_dim) {
+    const int group = threadIdx.x % kWarpSize / 4, pair = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float* const from = static_cast<const float*>(rows) + (first + group + 8 * r) * head_dim + pair;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+            const bool exists = group + 8 * r < count && 8 * n < head_dim;
+            const float2 y = exists ? *reinterpret_cast<const float2*>(from + 8 * n) : float2{};
+            x[n][2 * r] = y.x;
+            x[n][2 * r + 1] = y.y;
         }
     }
 }
 
-// An element of the weight of a Linear that is present.
-template <class Traits>
-__device__ inline uint32_t linear_weight(const SummaryParams& p, const typename Traits::Shared& shared,
-                                         int branch, int row, int column) {
-    if constexpr (Traits::kKeepWeights) {
-        return __float_as_uint(shared.weight[branch][row][column]);
-    } else {
-        const Projection& a = branch ? p.query_projection : p.key_projection;
-        const int head_dim = static_cast<int>(p.shape.head_dim);
-        const bool inside = row < head_dim && column < head_dim;
-        const float x = inside ? parameter<typename Traits::S>(a, a.weight, row * head_dim + column) : 0.0f;
-        return __float_as_uint(round_to_tf32(x));
-    }
+// Asks for 16 rows of `rows` to be brought near.
+__device__ inline void prefetch_rows(const void* rows, int64_t first, int count, int head_dim) {
+    constexpr int kLine = 128 / sizeof(float);
+    const float* const from = static_cast<const float*>(rows) + first * head_dim;
+    for (int i = threadIdx.x % kWarpSize * kLine; i < min(count, 16) * head_dim; i += kWarpSize * kLine)
+        prefetch(from + i);
 }
 
-// Means, then the output of the Linear, normalised where there is a LayerNorm (without projection: the
-// means), of `count` chunks from `first` onward.
-template <class Traits>
-__device__ inline void project_means(const SummaryParams& p, int first, int count,
-                                     typename Traits::Shared& shared) {
-    constexpr int kHeadDim = Traits::kHeadDim, kThreads = Traits::kThreads, kUnits = Traits::kUnits,
-                  kLd = Traits::kLd;
-    const int head_dim = static_cast<int>(p.shape.head_dim), branches = count_branches(p);
-    const bool has_mu = !p.has_projection || p.has_query_projection;
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    const int group = lane / 4, quad = lane % 4, pair = 2 * quad;
-    for (int i = threadIdx.x; i < 2 * Traits::kMaxChunks * kUnits; i += kThreads) {
-        const int branch = i / (Traits::kMaxChunks * kUnits);
-        const int chunk = i / kUnits % Traits::kMaxChunks, column = i % kUnits * 8;
-        const void* const from = branch ? p.query_mean : p.key_mean;
-        float x[8] = {};
-        if (chunk < count && column < head_dim && (branch == 0 || has_mu))
-            load_floats(x, static_cast<const float*>(from) + int64_t{first + chunk} * head_dim + column);
-        if (branches == 0) store_floats(&shared.hat[branch][chunk][column], x);
-#pragma unroll
-        for (int d = 0; d < 8; ++d) x[d] = round_to_tf32(x[d]);
-        store_floats(&shared.mean[branch][chunk][column], x);
-    }
-    __syncthreads();
+// A step of eight of a product of 16 rows: its factors' columns 0 .. 7 come in the order 0, 2, 4, 6, 1, 3,
+// 5, 7, in which a lane's numbers lie.
+__device__ inline void multiply_add_step(float (&c)[4], const float (&a)[4], const float2& b) {
+    const uint32_t factor[4] = {__float_as_uint(a[0]), __float_as_uint(a[2]), __float_as_uint(a[1]),
+                                __float_as_uint(a[3])};
+    multiply_add_tf32(c, factor, __float_as_uint(b.x), __float_as_uint(b.y));
+}
 
-    // A warp projects 16 means.
-    const int branch = warp % 2, row = warp / 2 * 16;
-    const bool projects = branch < branches && row < count;
-    if (projects) {
-        float linear[kHeadDim / 8][4] = {};
-#pragma unroll 4
-        for (int k = 0; k < kHeadDim; k += 8) {
-            const float* const upper = &shared.mean[branch][row + group][k + quad];
-            const float* const lower = upper + 8 * kLd;
-            const uint32_t a[4] = {__float_as_uint(upper[0]), __float_as_uint(lower[0]),
-                                   __float_as_uint(upper[4]), __float_as_uint(lower[4])};
+// Keeps 16 rows, rounded, as a product's first factor.
+template <int kTiles>
+__device__ inline void store_factor(FloatTile<8 * kTiles> tile, int row, const float (&x)[kTiles][4]) {
+    const int group = threadIdx.x % kWarpSize / 4, pair = threadIdx.x % 4 * 2;
 #pragma unroll
-            for (int n = 0; n < kHeadDim / 8; ++n) {
-                multiply_add_tf32(linear[n], a,
-                                  linear_weight<Traits>(p, shared, branch, 8 * n + group, k + quad),
-                                  linear_weight<Traits>(p, shared, branch, 8 * n + group, k + quad + 4));
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < kHeadDim / 8; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) linear[n][e] += shared.bias[branch][8 * n + pair + e % 2];
-        if (has_norm(p, branch)) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                float center = 0, variance = 0;
-#pragma unroll
-                for (int n = 0; n < kHeadDim / 8; ++n) center += linear[n][2 * r] + linear[n][2 * r + 1];
-                center = quad_sum(center) / head_dim;
-#pragma unroll
-                for (int n = 0; n < kHeadDim / 8; ++n)
-#pragma unroll
-                    for (int e = 2 * r; e < 2 * r + 2; ++e) {
-                        linear[n][e] = 8 * n < head_dim ? linear[n][e] - center : 0.0f;
-                        variance += linear[n][e] * linear[n][e];
-                    }
-                variance = quad_sum(variance) / head_dim;
-                const float rstd = 1.0f / sqrtf(variance + static_cast<float>(p.norm_eps));
-                if (quad == 0) shared.rstd[branch][row + group + 8 * r] = rstd;
-#pragma unroll
-                for (int n = 0; n < kHeadDim / 8; ++n) linear[n][2 * r] *= rstd, linear[n][2 * r + 1] *= rstd;
-            }
-        }
+    for (int n = 0; n < kTiles; ++n)
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-#pragma unroll
-            for (int n = 0; n < kHeadDim / 8; ++n)
-                *reinterpret_cast<float2*>(&shared.hat[branch][row + group + 8 * r][8 * n + pair]) =
-                    make_float2(linear[n][2 * r], linear[n][2 * r + 1]);
-    }
-    __syncthreads();
+            tile.pair(row + group + 8 * r, 8 * n + pair) =
+                make_float2(round_to_tf32(x[n][2 * r]), round_to_tf32(x[n][2 * r + 1]));
+    __syncwarp();
 }
 
+// y += A W, or A W^T: 16 rows of `a` from `row` onward; W from `kept`, or where nothing is, from `weight`.
+template <class Traits, bool kTransposed, class Weight>
+__device__ inline void multiply_weight(float (&y)[Traits::kTiles][4], FloatTile<Traits::kHeadDim> a, int row,
+                                       const float* kept, const Weight* weight, int head_dim) {
+    constexpr int kHeadDim = Traits::kHeadDim, kTiles = Traits::kTiles;
+    const FloatTile<kHeadDim> tile{const_cast<float*>(kept)};
+    const int group = threadIdx.x % kWarpSize / 4, pair = threadIdx.x % 4 * 2;
+#pragma unroll 2
+    for (int k = 0; k < kTiles; ++k) {
+        const float2 upper = a.pair(row + group, 8 * k + pair), lower = a.pair(row + group + 8, 8 * k + pair);
+        const float factor[4] = {upper.x, upper.y, lower.x, lower.y};
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+            const int own = 8 * n + group, common = 8 * k + pair;
+            float2 w{};
+            if constexpr (Traits::kKeepWeights) {
+                w = kTransposed ? tile.pair(own, common)
+                                : make_float2(*tile.at(common, own), *tile.at(common + 1, own));
+            } else if (8 * n < head_dim && 8 * k < head_dim) {
+                const Weight* const from =
+                    weight + (kTransposed ? own * head_dim + common : common * head_dim + own);
+                w = make_float2(round_to_tf32(static_cast<float>(from[0])),
+                                round_to_tf32(static_cast<float>(from[kTransposed ? 1 : head_dim])));
+            }
+            multiply_add_step(y[n], factor, w);
+        }
+    }
+}
+template <class Traits, bool kTransposed>
+__device__ inline void multiply_weight(float (&y)[Traits::kTiles][4], FloatTile<Traits::kHeadDim> a, int row,
+                                       const SummaryParams& p, const typename Traits::Weights& weights,
+                                       int branch) {
+    using S = typename Traits::S;
+    const Projection& projection = branch ? p.query_projection : p.key_projection;
+    const int head_dim = static_cast<int>(p.shape.head_dim);
+    const float* const kept = weights.weight[branch];
+    if (Traits::kKeepWeights || projection.dtype == DType::kFloat) {
+        multiply_weight<Traits, kTransposed>(y, a, row, kept, static_cast<const float*>(projection.weight),
+                                             head_dim);
+    } else {
+        multiply_weight<Traits, kTransposed>(y, a, row, kept, static_cast<const S*>(projection.weight),
+                                             head_dim);
+    }
+}
+
+// Of 16 means the output of the Linear, normalised where there is a LayerNorm.
+template <class Traits>
+__device__ inline void project(float (&y)[Traits::kTiles][4], float (&rstd)[2],
+                               FloatTile<Traits::kHeadDim> means, int row, const SummaryParams& p,
+                               const typename Traits::Weights& weights, int branch) {
+    constexpr int kTiles = Traits::kTiles;
+    const int head_dim = static_cast<int>(p.shape.head_dim), pair = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) y[n][e] = weights.bias[branch][8 * n + pair + e % 2];
+    multiply_weight<Traits, true>(y, means, row, p, weights, branch);
+    if (!has_norm(p, branch)) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float center = 0, variance = 0;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) center += y[n][2 * r] + y[n][2 * r + 1];
+        center = quad_sum(center) / head_dim;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+            for (int e = 2 * r; e < 2 * r + 2; ++e) {
+                y[n][e] = 8 * n < head_dim ? y[n][e] - center : 0.0f;
+                variance += y[n][e] * y[n][e];
+            }
+        variance = quad_sum(variance) / head_dim;
+        rstd[r] = 1.0f / sqrtf(variance + static_cast<float>(p.norm_eps));
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) y[n][2 * r] *= rstd[r], y[n][2 * r + 1] *= rstd[r];
+    }
+}
+
+// Sums of the pieces of a landmark gradient, four columns a thread.
+template <int kThreads>
+__device__ inline void sum_pieces(const SummaryParams& p, const SummaryGradPlan& plan, const void* pieces,
+                                  void* sums) {
+    const int head_dim = static_cast<int>(p.shape.head_dim), lanes = head_dim / 4;
+    const int64_t stride = p.global_columns * head_dim;
+    for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < int64_t{plan.total} * lanes;
+         i += int64_t{gridDim.x} * kThreads) {
+        const int chunk = static_cast<int>(i / lanes), column = static_cast<int>(i % lanes) * 4;
+        const int bh = chunk / plan.chunks, within = chunk - bh * plan.chunks;
+        const float* from =
+            static_cast<const float*>(pieces) + bh * p.pieces * stride + within * head_dim + column;
+        float4 sum{};
+#pragma unroll 8
+        for (int piece = 0; piece < static_cast<int>(p.pieces); ++piece, from += stride) {
+            const float4 x = *reinterpret_cast<const float4*>(from);
+            sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+        }
+        *reinterpret_cast<float4*>(static_cast<float*>(sums) + int64_t{chunk} * head_dim + column) = sum;
+    }
+}
+
+// omega, grad_beta; in grad_key_mean the gradient of the landmark's key.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     chunk_omega_kernel(const __grid_constant__ SummaryParams p,
                        const __grid_constant__ SummaryGradPlan plan) {
-    constexpr int kHeadDim = Traits::kHeadDim, kThreads = Traits::kThreads;
+    constexpr int kTiles = Traits::kTiles, kWarps = Traits::kWarps;
     extern __shared__ __align__(1024) char memory[];
-    auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
-    const int head_dim = static_cast<int>(p.shape.head_dim);
-    const bool has_mu = !p.has_projection || p.has_query_projection;
-    load_projections<Traits>(p, shared);
-    for (int first = blockIdx.x * plan.group; first < plan.total; first += gridDim.x * plan.group) {
-        const int count = min(plan.group, plan.total - first);
-        __syncthreads();
-        project_means<Traits>(p, first, count, shared);
-        for (int i = threadIdx.x; i < count * kHeadDim; i += kThreads) {
-            const int chunk = i / kHeadDim, d = i % kHeadDim;
-            if (d >= head_dim) continue;
-            const int64_t at = int64_t{first + chunk} * head_dim + d;
-            float x = 0;
-            if (has_mu)
-                x = static_cast<float>(p.mu_scale) *
-                    (shared.hat[0][chunk][d] * shared.norm_weight[0][d] + shared.norm_bias[0][d] +
-                     shared.hat[1][chunk][d] * shared.norm_weight[1][d] + shared.norm_bias[1][d]);
-            if (p.noise) x += static_cast<const float*>(p.noise)[at];
-            static_cast<float*>(p.omega)[at] = x;
+    auto& shared = *reinterpret_cast<typename Traits::OmegaShared*>(memory);
+    auto& weights = shared.weights;
+    const int head_dim = static_cast<int>(p.shape.head_dim), branches = count_branches(p);
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const int group = lane / 4, pair = lane % 4 * 2;
+    for (const void* rows : {p.key_mean, p.query_mean}) {
+        const int first = 16 * (blockIdx.x * kWarps + warp);
+        if (rows) prefetch_rows(rows, first, plan.total - first, head_dim);
+    }
+    load_projections<Traits>(p, weights);
+    sum_pieces<Traits::kThreads>(p, plan, p.grad_landmark_value, p.grad_beta);
+    sum_pieces<Traits::kThreads>(p, plan, p.grad_landmark_key, p.grad_key_mean);
+    __syncthreads();
+    for (int first = 16 * (blockIdx.x * kWarps + warp); first < plan.total;
+         first += 16 * gridDim.x * kWarps) {
+        float omega[kTiles][4] = {};
+        if (p.noise) load_rows(omega, p.noise, first, plan.total - first, head_dim);
+        for (int branch = 0; branch < 2 && (!p.has_projection || p.has_query_projection); ++branch) {
+            float y[kTiles][4], rstd[2];
+            load_rows(y, branch ? p.query_mean : p.key_mean, first, plan.total - first, head_dim);
+            if (branches > 0) {
+                const FloatTile<Traits::kHeadDim> means{shared.mean[warp]};
+                __syncwarp();
+                store_factor(means, 0, y);
+                project<Traits>(y, rstd, means, 0, p, weights, branch);
+            }
+            const float factor = static_cast<float>(p.mu_scale);
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int d = 8 * n + pair + e % 2;
+                    omega[n][e] +=
+                        factor * (y[n][e] * weights.norm_weight[branch][d] + weights.norm_bias[branch][d]);
+                }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int chunk = first + group + 8 * r;
+            if (chunk >= plan.total) continue;
+            float* const to = static_cast<float*>(p.omega) + int64_t{chunk} * head_dim + pair;
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n)
+                if (8 * n < head_dim)
+                    *reinterpret_cast<float2*>(to + 8 * n) =
+                        make_float2(omega[n][2 * r], omega[n][2 * r + 1]);
         }
     }
 }
@@ -270,7 +387,7 @@ struct ChunkTokensTraits {
     static constexpr int kThreads = 256;
     static constexpr int kUnits = kHeadDim / 8; // lanes that share a token
     static constexpr int kGroups = kThreads / kUnits;
-    static constexpr int kUnroll = 4; // tokens of a group whose loads are under way together
+    static constexpr int kUnroll = 2; // tokens of a group that are taken together; as many are under way
     static_assert(kUnits % kUnroll == 0);
 
     struct Part { // what one warp saw of a chunk
@@ -279,7 +396,7 @@ struct ChunkTokensTraits {
     };
 };
 
-// grad_beta, token_weight, token_grad, chunk_stats; in grad_query_mean the gradient of mu's two terms.
+// token_weight, token_grad, chunk_stats; in grad_query_mean the gradient of mu's two terms.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 2)
     chunk_tokens_bwd_kernel(const __grid_constant__ SummaryParams p,
@@ -316,17 +433,17 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
         reinterpret_cast<const char*>(head_rows<S>(p.value, batch, head) + (in_row ? column : 0));
     const int key_stride = static_cast<int>(p.key.token_stride * sizeof(S));
     const int value_stride = static_cast<int>(p.value.token_stride * sizeof(S));
-    uint4 key_row[kUnroll], value_row[kUnroll];
-    bool valid[kUnroll];
+    uint4 key_row[kUnroll], value_row[kUnroll], next_key[kUnroll], next_value[kUnroll];
+    bool valid[kUnroll], next_valid[kUnroll];
     const auto load = [&](int pass) {
 #pragma unroll
         for (int j = 0; j < kUnroll; ++j) {
             const int token = token_of(pass + j);
-            valid[j] = token >= 0 && !(mask && mask[token]);
-            key_row[j] = value_row[j] = uint4{};
-            if (valid[j] && in_row) {
-                key_row[j] = *reinterpret_cast<const uint4*>(keys + int64_t{token} * key_stride);
-                value_row[j] = *reinterpret_cast<const uint4*>(values + int64_t{token} * value_stride);
+            next_valid[j] = token >= 0 && !(mask && mask[token]);
+            next_key[j] = next_value[j] = uint4{};
+            if (next_valid[j] && in_row) {
+                next_key[j] = *reinterpret_cast<const uint4*>(keys + int64_t{token} * key_stride);
+                next_value[j] = *reinterpret_cast<const uint4*>(values + int64_t{token} * value_stride);
             }
         }
     };
@@ -334,17 +451,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     float omega[8] = {}, grad_beta[8] = {};
     if (in_row) {
         load_floats(omega, static_cast<const float*>(p.omega) + row);
-        const float* from = static_cast<const float*>(p.grad_landmark_value) +
-                            (bh * p.pieces * p.global_columns + within) * head_dim + column;
-#pragma unroll 4
-        for (int piece = 0; piece < static_cast<int>(p.pieces); ++piece) {
-            float x[8];
-            load_floats(x, from);
-#pragma unroll
-            for (int d = 0; d < 8; ++d) grad_beta[d] += x[d];
-            from += p.global_columns * head_dim;
-        }
-        if (own_part == 0) store_floats(static_cast<float*>(p.grad_beta) + row, grad_beta);
+        load_floats(grad_beta, static_cast<const float*>(p.grad_beta) + row);
     }
 
     // kUnits passes make a batch: each lane keeps the logit and g of one of its group's tokens; if there is
@@ -353,7 +460,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     float kept_logit = -kInfinity, kept_g = 0;
     const bool one_batch = plan.passes <= kUnits;
     for (int pass = 0; pass < plan.passes; pass += kUnroll) {
-        if (pass > 0) load(pass);
+#pragma unroll
+        for (int j = 0; j < kUnroll; ++j)
+            key_row[j] = next_key[j], value_row[j] = next_value[j], valid[j] = next_valid[j];
+        load(pass + kUnroll);
         float logit[kUnroll], token_g[kUnroll];
 #pragma unroll
         for (int j = 0; j < kUnroll; ++j) {
@@ -441,214 +551,228 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     stats[1] = mean_g;
 }
 
+// Adds the sums over 16 rows; of a warp's 8 kTiles columns a lane takes kTiles / 4, number i of which is
+// column summed_column(i).
+template <int kTiles>
+__device__ inline void add_columns(float (&sums)[kTiles / 4], const float (&rows)[kTiles][4]) {
+    const int lane = threadIdx.x % kWarpSize;
+    float x[2 * kTiles];
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) x[i] = rows[i / 2][i % 2] + rows[i / 2][i % 2 + 2];
+#pragma unroll
+    for (int step = 0; step < 3; ++step) {
+        const int offset = 16 >> step, width = kTiles >> step;
+        const bool upper = lane & offset;
+#pragma unroll
+        for (int i = 0; i < width; ++i) {
+            const float sent = upper ? x[i] : x[i + width];
+            x[i] = (upper ? x[i + width] : x[i]) + __shfl_xor_sync(0xffffffffu, sent, offset);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kTiles / 4; ++i) sums[i] += x[i];
+}
+template <int kTiles>
+__device__ inline int summed_column(int i) {
+    const int lane = threadIdx.x % kWarpSize, index = lane / 4 * (kTiles / 4) + i;
+    return index / 2 * 8 + lane % 4 * 2 + index % 2;
+}
+
 // From the gradients of landmark keys and of mu to those of the means and of the projections.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     chunk_projections_bwd_kernel(const __grid_constant__ SummaryParams p,
                                  const __grid_constant__ SummaryGradPlan plan) {
-    constexpr int kHeadDim = Traits::kHeadDim, kThreads = Traits::kThreads, kWarps = Traits::kWarps,
-                  kUnits = Traits::kUnits, kLd = Traits::kLd;
+    constexpr int kHeadDim = Traits::kHeadDim, kTiles = Traits::kTiles, kSums = kTiles / 4;
+    using RowTile = FloatTile<kHeadDim>;
     extern __shared__ __align__(1024) char memory[];
     auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
+    const auto& weights = shared.weights;
 
     const Geometry& g = p.shape.geometry;
     const int head_dim = static_cast<int>(p.shape.head_dim), branches = count_branches(p);
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    const int group = lane / 4, quad = lane % 4, pair = 2 * quad;
-    load_projections<Traits>(p, shared);
+    const int group = lane / 4, pair = lane % 4 * 2;
+    const int branch = warp % 2, row = warp / 2 * 16; // first of the warp's chunks in a group of chunks
+    const bool norm = has_norm(p, branch);
+    load_projections<Traits>(p, shared.weights);
+    __syncthreads();
 
-    float grad_weight[Traits::kWeightTiles][kHeadDim / 8][4] = {};
-    // Of the column threadIdx.x % kHeadDim of projection threadIdx.x / kHeadDim.
-    float grad_bias = 0, grad_norm_weight = 0, grad_norm_bias = 0;
-    const bool owns_column = threadIdx.x < 2 * kHeadDim;
-    const int own_branch = threadIdx.x / kHeadDim % 2, own_column = threadIdx.x % kHeadDim;
+    const bool counts_padding = p.mean_divisor == 0 && p.key_padding_mask;
+    // What a chunk's mean was divided by, padding included.
+    const auto divisor_of = [&](int chunk_index) {
+        if (p.mean_divisor != 0) return static_cast<int>(p.mean_divisor);
+        const TokenBox box = plan.box(g, chunk_index % plan.chunks);
+        return min(plan.chunk.height, box.grid_height - box.y0) *
+               min(plan.chunk.width, box.grid_width - box.x0);
+    };
+    // Of the whole warp.
+    const auto count_padding = [&](int chunk_index) {
+        const int bh = chunk_index / plan.chunks;
+        const TokenBox box = plan.box(g, chunk_index - bh * plan.chunks);
+        const bool* const mask = p.key_padding_mask + bh / static_cast<int>(p.shape.heads) * g.num_tokens();
+        int padding = 0;
+        for (int i = lane; i < plan.chunk.size(); i += kWarpSize) {
+            const int token = box.token(i);
+            padding += token >= 0 && mask[token];
+        }
+        return static_cast<int>(__reduce_add_sync(0xffffffffu, padding));
+    };
 
+    float grad_weight[Traits::kWeightTiles][kTiles][4] = {}, grad_bias[Traits::kWeightTiles][2] = {};
+    float grad_norm_weight[kSums] = {}, grad_norm_bias[kSums] = {};
     for (int first = blockIdx.x * plan.group; first < plan.total; first += gridDim.x * plan.group) {
-        const int count = min(plan.group, plan.total - first);
+        const int count = min(plan.group, plan.total - first); // chunks of the group
+        const int own = count - row;                           // the warp's among them, if positive
+        const RowTile means{shared.mean[branch]}, grads{shared.grad_linear[branch]};
+        if (row < Traits::kMaxChunks && (branch < branches || branches == 0)) {
+            const int64_t first_row = first + row;
+            prefetch_rows(p.grad_query_mean, first_row, own, head_dim);
+            if (branch == 0) prefetch_rows(p.grad_key_mean, first_row, own, head_dim);
+            float hat[kTiles][4], rstd[2];
+            if (branches > 0) {
+                load_rows(hat, branch ? p.query_mean : p.key_mean, first_row, own, head_dim);
+                store_factor(means, row, hat);
+                project<Traits>(hat, rstd, means, row, p, weights, branch);
+            }
+            float grad[kTiles][4];
+            load_rows(grad, p.grad_query_mean, first_row, own, head_dim);
+            if (branch == 0) {
+                float grad_key[kTiles][4];
+                load_rows(grad_key, p.grad_key_mean, first_row, own, head_dim);
+#pragma unroll
+                for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) grad[n][e] += grad_key[n][e];
+            }
+            if (branches > 0) {
+                if (norm) {
+                    add_columns(grad_norm_bias, grad);
+                    float product[kTiles][4];
+#pragma unroll
+                    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) product[n][e] = grad[n][e] * hat[n][e];
+                    add_columns(grad_norm_weight, product);
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        float mean = 0, mean_hat = 0;
+#pragma unroll
+                        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+                            for (int e = 2 * r; e < 2 * r + 2; ++e) {
+                                grad[n][e] *= weights.norm_weight[branch][8 * n + pair + e % 2];
+                                mean += grad[n][e];
+                                mean_hat += grad[n][e] * hat[n][e];
+                            }
+                        mean = quad_sum(mean) / head_dim;
+                        mean_hat = quad_sum(mean_hat) / head_dim;
+#pragma unroll
+                        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+                            for (int e = 2 * r; e < 2 * r + 2; ++e)
+                                grad[n][e] = 8 * n < head_dim && group + 8 * r < own
+                                                 ? (grad[n][e] - mean - hat[n][e] * mean_hat) * rstd[r]
+                                                 : 0.0f;
+                    }
+                }
+                // Now the gradient of the Linear's output; then that of the means.
+                store_factor(grads, row, grad);
+#pragma unroll
+                for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) grad[n][e] = 0;
+                multiply_weight<Traits, false>(grad, grads, row, p, weights, branch);
+            }
+            float* const out = static_cast<float*>(branch ? p.grad_query_mean : p.grad_key_mean);
+            int divisor[2];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) divisor[r] = divisor_of(first + row + group + 8 * r);
+            for (int i = 0; counts_padding && i < min(own, 16); ++i) {
+                const int padding = count_padding(first + row + i);
+                if (i == group) divisor[0] -= padding;
+                if (i == group + 8) divisor[1] -= padding;
+            }
+            const float factor[2] = {1.0f / static_cast<float>(max(divisor[0], 1)),
+                                     1.0f / static_cast<float>(max(divisor[1], 1))};
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n) {
+                if (8 * n >= head_dim) continue;
+#pragma unroll
+                for (int r = 0; r < 2; ++r)
+                    if (group + 8 * r < own)
+                        *reinterpret_cast<float2*>(out + (first_row + group + 8 * r) * head_dim + 8 * n +
+                                                   pair) =
+                            make_float2(factor[r] * grad[n][2 * r], factor[r] * grad[n][2 * r + 1]);
+            }
+        }
+        if (branches == 0) continue;
         __syncthreads();
-        for (int chunk = warp; chunk < count; chunk += kWarps) {
-            const int bh = (first + chunk) / plan.chunks, within = first + chunk - bh * plan.chunks;
-            const TokenBox box = plan.box(g, within);
-            int members = min(plan.chunk.height, box.grid_height - box.y0) *
-                          min(plan.chunk.width, box.grid_width - box.x0);
-            if (p.key_padding_mask) {
-                const bool* const mask =
-                    p.key_padding_mask + bh / static_cast<int>(p.shape.heads) * g.num_tokens();
-                members = 0;
-                for (int i = lane; i < plan.chunk.size(); i += kWarpSize) {
-                    const int token = box.token(i);
-                    members += token >= 0 && !mask[token];
-                }
-                members = __reduce_add_sync(0xffffffffu, members);
-            }
-            if (lane == 0)
-                shared.inverse_divisor[chunk] =
-                    1.0f / static_cast<float>(p.mean_divisor ? p.mean_divisor : max(members, 1));
-        }
-        for (int i = threadIdx.x; i < count * kUnits; i += kThreads) {
-            const int chunk = i / kUnits, column = i % kUnits * 8;
-            float grad_mu[8] = {}, grad_key[8] = {};
-            if (column < head_dim) {
-                load_floats(grad_mu, static_cast<const float*>(p.grad_query_mean) +
-                                         int64_t{first + chunk} * head_dim + column);
-                const int bh = (first + chunk) / plan.chunks, within = first + chunk - bh * plan.chunks;
-                const float* from = static_cast<const float*>(p.grad_landmark_key) +
-                                    (bh * p.pieces * p.global_columns + within) * head_dim + column;
-#pragma unroll 4
-                for (int piece = 0; piece < static_cast<int>(p.pieces); ++piece) {
-                    float x[8];
-                    load_floats(x, from);
-#pragma unroll
-                    for (int d = 0; d < 8; ++d) grad_key[d] += x[d];
-                    from += p.global_columns * head_dim;
-                }
-            }
-#pragma unroll
-            for (int d = 0; d < 8; ++d) grad_key[d] += grad_mu[d];
-            store_floats(&shared.grad_out[0][chunk][column], grad_key);
-            store_floats(&shared.grad_out[1][chunk][column], grad_mu);
-        }
-        project_means<Traits>(p, first, count, shared);
-        if (branches == 0) {
-            for (int i = threadIdx.x; i < count * head_dim; i += kThreads) {
-                const int chunk = i / head_dim, d = i % head_dim;
-                const int64_t at = int64_t{first} * head_dim + i;
-                static_cast<float*>(p.grad_key_mean)[at] =
-                    shared.grad_out[0][chunk][d] * shared.inverse_divisor[chunk];
-                static_cast<float*>(p.grad_query_mean)[at] =
-                    shared.grad_out[1][chunk][d] * shared.inverse_divisor[chunk];
-            }
-            continue;
-        }
-        if (owns_column && own_branch < branches && has_norm(p, own_branch)) {
-#pragma unroll 4
-            for (int chunk = 0; chunk < count; ++chunk) {
-                const float grad = shared.grad_out[own_branch][chunk][own_column];
-                grad_norm_weight += grad * shared.hat[own_branch][chunk][own_column];
-                grad_norm_bias += grad;
-            }
-        }
-        __syncthreads();
-        // To the gradient of the Linear's output, zeros in the rows behind the last chunk.
-        const int branch = warp % 2, row = warp / 2 * 16;
-        if (branch < branches && row < count) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const int chunk = row + group + 8 * r;
-                const float* const grad = shared.grad_out[branch][chunk];
-                float* const hat = shared.hat[branch][chunk];
-                const float* const weight = shared.norm_weight[branch];
-                float mean = 0, mean_hat = 0;
-#pragma unroll
-                for (int n = 0; n < kHeadDim / 8; ++n)
-#pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        const int d = 8 * n + pair + e;
-                        mean += grad[d] * weight[d];
-                        mean_hat += grad[d] * weight[d] * hat[d];
-                    }
-                mean = quad_sum(mean) / head_dim;
-                mean_hat = quad_sum(mean_hat) / head_dim;
-                const float rstd = shared.rstd[branch][chunk];
-#pragma unroll
-                for (int n = 0; n < kHeadDim / 8; ++n)
-#pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        const int d = 8 * n + pair + e;
-                        float x = grad[d];
-                        if (has_norm(p, branch)) x = (x * weight[d] - mean - hat[d] * mean_hat) * rstd;
-                        hat[d] = chunk < count && d < head_dim ? round_to_tf32(x) : 0.0f;
-                    }
-            }
-        }
-        __syncthreads();
-
-        auto& grad_linear = shared.hat;
-        if (owns_column && own_branch < branches)
-#pragma unroll 4
-            for (int chunk = 0; chunk < count; ++chunk)
-                grad_bias += grad_linear[own_branch][chunk][own_column];
-        // Gradient of the mean: a warp takes 16 chunks and half of the columns.
-        {
-            constexpr int kHalf = kHeadDim / 16;
-            const int rows = warp / 4 * 16, half = warp / 2 % 2;
-            const int branch = warp % 2;
-            if (rows < count && branch < branches) {
-                float grad_mean[kHalf][4] = {};
-#pragma unroll 4
-                for (int k = 0; k < kHeadDim; k += 8) {
-                    const float* const upper = &grad_linear[branch][rows + group][k + quad];
-                    const float* const lower = upper + 8 * kLd;
-                    const uint32_t a[4] = {__float_as_uint(upper[0]), __float_as_uint(lower[0]),
-                                           __float_as_uint(upper[4]), __float_as_uint(lower[4])};
-#pragma unroll
-                    for (int n = 0; n < kHalf; ++n) {
-                        const int d = (half * kHalf + n) * 8 + group;
-                        multiply_add_tf32(grad_mean[n], a,
-                                          linear_weight<Traits>(p, shared, branch, k + quad, d),
-                                          linear_weight<Traits>(p, shared, branch, k + quad + 4, d));
-                    }
-                }
-                float* const out = static_cast<float*>(branch ? p.grad_query_mean : p.grad_key_mean);
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    const int chunk = rows + group + 8 * r;
-                    if (chunk >= count) continue;
-                    const float factor = shared.inverse_divisor[chunk];
-#pragma unroll
-                    for (int n = 0; n < kHalf; ++n) {
-                        const int d = (half * kHalf + n) * 8 + pair;
-                        if (d < head_dim)
-                            *reinterpret_cast<float2*>(out + int64_t{first + chunk} * head_dim + d) =
-                                make_float2(factor * grad_mean[n][2 * r], factor * grad_mean[n][2 * r + 1]);
-                    }
-                }
-            }
-        }
-        // Gradient of the Linear's weight.
+        // Gradient of the Linear's weight and bias.
 #pragma unroll
         for (int t = 0; t < Traits::kWeightTiles; ++t) {
             const int tile = warp * Traits::kWeightTiles + t;
             const int branch = tile / (kHeadDim / 16), out_row = tile % (kHeadDim / 16) * 16;
             if (branch >= branches) continue;
+            const RowTile means{shared.mean[branch]}, grads{shared.grad_linear[branch]};
 #pragma unroll 1
             for (int k = 0; k < count; k += 8) {
-                const float* const upper = &grad_linear[branch][k + quad][out_row + group];
-                const float* const lower = upper + 4 * kLd;
-                const uint32_t a[4] = {__float_as_uint(upper[0]), __float_as_uint(upper[8]),
-                                       __float_as_uint(lower[0]), __float_as_uint(lower[8])};
+                const float a[4] = {
+                    *grads.at(k + pair, out_row + group), *grads.at(k + pair + 1, out_row + group),
+                    *grads.at(k + pair, out_row + group + 8), *grads.at(k + pair + 1, out_row + group + 8)};
+                grad_bias[t][0] += a[0] + a[1];
+                grad_bias[t][1] += a[2] + a[3];
 #pragma unroll
-                for (int n = 0; n < kHeadDim / 8; ++n) {
-                    const float* const mean = &shared.mean[branch][k + quad][8 * n + group];
-                    multiply_add_tf32(grad_weight[t][n], a, __float_as_uint(mean[0]),
-                                      __float_as_uint(mean[4 * kLd]));
-                }
+                for (int n = 0; n < kTiles; ++n)
+                    multiply_add_step(grad_weight[t][n], a,
+                                      make_float2(*means.at(k + pair, 8 * n + group),
+                                                  *means.at(k + pair + 1, 8 * n + group)));
             }
         }
+        __syncthreads();
     }
 
     if (branches == 0) return;
-    float* const out =
-        static_cast<float*>(p.grad_projections) + int64_t{blockIdx.x} * 2 * (head_dim + 3) * head_dim;
+    // Of a projection: the Linear's weight [D, D], its bias, the LayerNorm's weight and bias.
+    const int size = (head_dim + 3) * head_dim;
+    float* const out = static_cast<float*>(p.grad_projections) + int64_t{blockIdx.x} * 2 * size;
 #pragma unroll
     for (int t = 0; t < Traits::kWeightTiles; ++t) {
         const int tile = warp * Traits::kWeightTiles + t;
         const int branch = tile / (kHeadDim / 16), out_row = tile % (kHeadDim / 16) * 16;
 #pragma unroll
-        for (int r = 0; r < 2; ++r)
+        for (int r = 0; r < 2; ++r) {
+            const int o = out_row + group + 8 * r;
+            const float bias = quad_sum(grad_bias[t][r]);
+            if (o >= head_dim) continue;
+            if (pair == 0) out[branch * size + head_dim * head_dim + o] = bias;
 #pragma unroll
-            for (int n = 0; n < kHeadDim / 8; ++n) {
-                const int o = out_row + group + 8 * r, d = 8 * n + pair;
-                if (o < head_dim && d < head_dim)
-                    *reinterpret_cast<float2*>(out + (branch * (head_dim + 3) + o) * head_dim + d) =
+            for (int n = 0; n < kTiles; ++n)
+                if (8 * n < head_dim)
+                    *reinterpret_cast<float2*>(out + branch * size + o * head_dim + 8 * n + pair) =
                         make_float2(grad_weight[t][n][2 * r], grad_weight[t][n][2 * r + 1]);
-            }
+        }
     }
-    if (!owns_column || own_column >= head_dim) return;
-    float* const vectors = out + (own_branch * (head_dim + 3) + head_dim) * head_dim + own_column;
-    vectors[0] = grad_bias;
-    vectors[head_dim] = grad_norm_weight;
-    vectors[2 * head_dim] = grad_norm_bias;
+    // LayerNorm: [weight or bias][branch][row tile][column].
+    float* const sums = shared.mean[0];
+    constexpr int kRowTiles = Traits::kRowTiles;
+    if (row < Traits::kMaxChunks) {
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+            const int at = (branch * kRowTiles + row / 16) * kHeadDim + summed_column<kTiles>(i);
+            sums[at] = grad_norm_weight[i];
+            sums[at + 2 * kRowTiles * kHeadDim] = grad_norm_bias[i];
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < 4 * kHeadDim; i += Traits::kThreads) {
+        const int which = i / (2 * kHeadDim), branch = i / kHeadDim % 2, column = i % kHeadDim;
+        if (column >= head_dim) continue;
+        float sum = 0;
+        for (int tile = 0; tile < kRowTiles; ++tile)
+            sum += sums[((which * 2 + branch) * kRowTiles + tile) * kHeadDim + column];
+        out[branch * size + (head_dim + 1 + which) * head_dim + column] = sum;
+    }
 }
 
 template <class Traits>
@@ -692,13 +816,19 @@ void launch_chunk_summary_bwd(const SummaryParams& p, cudaStream_t stream) {
     using Tokens = ChunkTokensTraits<S, kHeadDim>;
     const SummaryGradPlan plan = plan_chunk_summary_bwd<S, kHeadDim>(p);
     if (plan.total > 0) {
-        constexpr int kBytes = sizeof(typename Projections::Shared);
+        constexpr int kBytes = sizeof(typename Projections::Shared),
+                      kOmegaBytes = sizeof(typename Projections::OmegaShared);
         const int projection_blocks = count_projection_blocks<Projections>(plan);
         const int chunks_per_block = Tokens::kGroups >> plan.parts_log2;
-        for (const auto kernel : {chunk_omega_kernel<Projections>, chunk_projections_bwd_kernel<Projections>})
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+        const int64_t omega_blocks =
+            detail::ceil_div(plan.total * p.shape.head_dim, 8 * Projections::kThreads);
+        cudaFuncSetAttribute(chunk_omega_kernel<Projections>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             kOmegaBytes);
+        cudaFuncSetAttribute(chunk_projections_bwd_kernel<Projections>,
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
         chunk_omega_kernel<Projections>
-            <<<projection_blocks, Projections::kThreads, kBytes, stream>>>(p, plan);
+            <<<static_cast<unsigned>(detail::min(omega_blocks, 132 * Projections::kCtasPerSm)),
+               Projections::kThreads, kOmegaBytes, stream>>>(p, plan);
         chunk_tokens_bwd_kernel<Tokens>
             <<<static_cast<unsigned>(detail::ceil_div(plan.total, chunks_per_block)), Tokens::kThreads, 0,
                stream>>>(p, plan);

@@ -11,32 +11,34 @@ namespace eva_attn::cuda::mma {
 
 // The chunks that the tokens of a window are members of.
 struct WindowChunks {
-    int y0, x0, rows, columns;
+    int y0, x0, columns, count;
+    uint32_t columns_reciprocal;
 };
 
-template <class S_, int kHeadDim_, bool kHasDropout_>
+// kGeneral: with all that is_general() names.
+template <class S_, int kHeadDim_, bool kGeneral_>
 struct WindowGradTraits {
     using S = S_;
     static constexpr int kHeadDim = kHeadDim_;
-    static constexpr bool kHasDropout = kHasDropout_;
+    static constexpr bool kGeneral = kGeneral_;
     static constexpr int kBlock = 64; // tokens of a window, landmarks of a block
     static constexpr int kThreads = kBlock / 16 * kWarpSize;
-    static constexpr int kCtasPerSm = kHeadDim == 64 ? 2 : 1;
-    static constexpr int kMaxStagedChunks = 16; // whose terms wait in shared memory
-    static constexpr int kMaxOffsets = 256;     // (2 h - 1) (2 w - 1) for h w <= 64
-
-    static constexpr int kPartWidth = 32;             // columns that pass through `staging` together
-    static constexpr int kStagingLd = kPartWidth + 8; // free of bank conflicts
+    static constexpr int kCtasPerSm = kHeadDim == 128 ? 1 : kGeneral ? 2 : 3;
+    static constexpr int kSlots = 132 * (kHeadDim == 64 ? 3 : 1); // blocks to fill a GPU of the day
+    static constexpr int kTerms = 4; // rows that a chunk adds to its tokens' gradients, a warp loads one
+    static constexpr int kBlockChunks = 16;
+    static constexpr int kMaxOffsets = 256; // (2 h - 1) (2 w - 1) for h w <= 64
 
     // What is known of the tokens of a window.
-    struct Tokens {
+    struct alignas(16) Tokens {
         int inside[kBlock]; // the token, -1 outside of the grid
         int valid[kBlock];  // likewise, -1 at padding too
-        int chunk_y[kBlock], chunk_x[kBlock];
+        int chunk[kBlock];  // number among the window's chunks, -1 where not valid
         int key_place[kBlock];
         float logsumexp[kBlock]; // times log2(e)
         float delta[kBlock];
         float chunk_weight[kBlock], chunk_grad[kBlock];
+        int first_chunks[kBlockChunks]; // of the window, -1: none
         WindowChunks chunks;
     };
     struct Shared {
@@ -44,16 +46,15 @@ struct WindowGradTraits {
             struct {
                 alignas(1024) S query[kBlock * kHeadDim];
                 alignas(1024) S key[kBlock * kHeadDim];
-                alignas(1024) S value[kBlock * kHeadDim];
+                alignas(1024) S value[kBlock * kHeadDim]; // then gradients on their way out
                 alignas(1024) S grad_output[kBlock * kHeadDim];
             };
             float bias_sum[kBlock][kBlock + 1]; // [key, query], in the end
         };
         alignas(1024) S landmark_key[kBlock * kHeadDim];
         alignas(1024) S landmark_value[kBlock * kHeadDim];
-        alignas(1024) S grad_score[kBlock * kBlock];          // [key, query]
-        float staging[kThreads / kWarpSize][16 * kStagingLd]; // of gradients on their way out
-        float chunk_terms[4][kMaxStagedChunks][kHeadDim + 8];
+        alignas(1024) S grad_score[kBlock * kBlock]; // [key, query]
+        alignas(1024) S chunk_terms[kTerms][kBlockChunks * kHeadDim];
         Tokens tokens[2];
         int query_place[kBlock];
         float landmark_bias[kBlock];
@@ -66,51 +67,39 @@ struct WindowGradPlan {
     int slices; // a block takes one slice of the windows of one (batch, head)
     int landmark_blocks;
     int num_chunks, chunk_columns, chunk_height, chunk_width;
+    uint32_t chunk_height_reciprocal, chunk_width_reciprocal;
 
-    __device__ WindowChunks chunks_of(int window) const {
-        const TokenBox box = windows.query_box(window / windows.columns, window % windows.columns);
+    __device__ WindowChunks chunks_of(const TokenBox& box) const {
         const int y0 = box.y0 / chunk_height, x0 = box.x0 / chunk_width;
         const int last_y = min(box.y0 + box.shape.height, box.grid_height) - 1;
         const int last_x = min(box.x0 + box.shape.width, box.grid_width) - 1;
-        return WindowChunks{y0, x0, last_y / chunk_height - y0 + 1, last_x / chunk_width - x0 + 1};
+        const int columns = divide(last_x - x0 * chunk_width, chunk_width_reciprocal) + 1;
+        const int rows = divide(last_y - y0 * chunk_height, chunk_height_reciprocal) + 1;
+        return WindowChunks{y0, x0, columns, rows * columns, 0x7fffffffu / columns + 1};
+    }
+    // The window's chunk number i, or a negative number.
+    __device__ int chunk_at(const WindowChunks& chunks, int i) const {
+        const int y = divide(i, chunks.columns_reciprocal), x = i - y * chunks.columns;
+        return i < chunks.count ? (chunks.y0 + y) * chunk_columns + chunks.x0 + x : -1;
+    }
+    __device__ int chunk_of(const WindowChunks& chunks, const Position& at) const {
+        const int y = divide(at.y - chunks.y0 * chunk_height, chunk_height_reciprocal);
+        return y * chunks.columns + divide(at.x - chunks.x0 * chunk_width, chunk_width_reciprocal);
     }
 };
 
+// Rows of one number each, as the first operand [16, 16] of a product: of rows group and group + 8 of the
+// warp number `value[r]` in column `column[r]`, zeros where that is not in [0, 16).
 template <class S>
-struct GradientRows {
-    S* base;
-    int stride, head_dim;
-    const int* token; // of each of the 16 rows, negative: none
-};
-
-// Writes 16 rows of gradients from a warp's accumulators; `finish` makes of eight sums of a row what is
-// written.
-template <class Traits, class S, class Finish>
-__device__ inline void store_gradient(const float (&gradient)[Traits::kHeadDim / 8][4], float* staging,
-                                      const GradientRows<S>& rows, const Finish& finish) {
-    constexpr int kWidth = Traits::kPartWidth, kLd = Traits::kStagingLd;
-    const int lane = threadIdx.x % kWarpSize, group = lane / 4, pair = lane % 4 * 2;
+__device__ inline void select_columns(uint32_t (&a)[4], const int (&column)[2], float upper, float lower) {
+    const int pair = threadIdx.x % 4 * 2;
+    const float value[2] = {upper, lower};
 #pragma unroll
-    for (int part = 0; part < Traits::kHeadDim / kWidth; ++part) {
-#pragma unroll
-        for (int n = 0; n < kWidth / 8; ++n)
-#pragma unroll
-            for (int r = 0; r < 2; ++r)
-                *reinterpret_cast<float2*>(staging + (group + 8 * r) * kLd + 8 * n + pair) = make_float2(
-                    gradient[part * kWidth / 8 + n][2 * r], gradient[part * kWidth / 8 + n][2 * r + 1]);
-        __syncwarp();
-        const int within = lane % 4 * 8, column = part * kWidth + within;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int row = lane / 4 + 8 * i, token = rows.token[row];
-            if (token < 0 || column >= rows.head_dim) continue;
-            float y[8];
-            load_floats(y, staging + row * kLd + within);
-            finish(y, row, column);
-            *reinterpret_cast<uint4*>(rows.base + int64_t{token} * rows.stride + column) = make_uint4(
-                pack<S>(y[0], y[1]), pack<S>(y[2], y[3]), pack<S>(y[4], y[5]), pack<S>(y[6], y[7]));
-        }
-        __syncwarp();
+    for (int r = 0; r < 2; ++r) {
+        const uint32_t word = column[r] % 2 ? pack<S>(0, value[r]) : pack<S>(value[r], 0);
+        const int even = column[r] & ~1;
+        a[r] = even == pair ? word : 0;
+        a[r + 2] = even == pair + 8 ? word : 0;
     }
 }
 
@@ -119,9 +108,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     window_attention_bwd_kernel(const __grid_constant__ AttentionParams p,
                                 const __grid_constant__ WindowGradPlan plan) {
     using S = typename Traits::S;
-    constexpr int kHeadDim = Traits::kHeadDim, kThreads = Traits::kThreads, kBlock = Traits::kBlock;
-    constexpr bool kHasDropout = Traits::kHasDropout;
+    constexpr int kHeadDim = Traits::kHeadDim, kThreads = Traits::kThreads, kBlock = Traits::kBlock,
+                  kBlockChunks = Traits::kBlockChunks;
+    constexpr bool kGeneral = Traits::kGeneral;
     using RowTile = Tile<S, kHeadDim>;
+    using Tokens = typename Traits::Tokens;
     extern __shared__ __align__(1024) char memory[];
     auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
 
@@ -145,44 +136,34 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const int group = lane / 4, pair = lane % 4 * 2;
     const int own = warp * 16; // first of the warp's keys, and then of its queries
     const bool* const mask =
-        p.key_padding_mask ? p.key_padding_mask + int64_t{batch} * w.num_tokens : nullptr;
+        kGeneral && p.key_padding_mask ? p.key_padding_mask + int64_t{batch} * w.num_tokens : nullptr;
     const float scale = static_cast<float>(p.scale), scale_log2 = scale * kLog2e;
     const ChunkTerms& terms = p.chunk_terms;
-    const DropoutWeights<kHasDropout> dropout(p, bh);
+    const DropoutWeights<kGeneral> dropout(p, bh);
 
     // Fills all but the numbers of `load_numbers` and `store_numbers`, which are in flight longer.
-    const auto describe = [&](int window, typename Traits::Tokens& tokens) {
+    const int own_index = min(static_cast<int>(threadIdx.x), size - 1);
+    const int own_y = divide(own_index, w.queries.width_reciprocal);
+    const int own_x = own_index - own_y * w.queries.width, own_place = w.key_place(own_index);
+    const auto describe = [&](int window, Tokens& tokens) {
         const int i = threadIdx.x;
-        if (i == kBlock) tokens.chunks = plan.chunks_of(window);
         if (i >= kBlock) return;
-        const TokenBox box = w.query_box(window / w.columns, window % w.columns);
-        const int token = box.token(i);
+        const int row = window / w.columns;
+        const TokenBox box = w.query_box(row, window - row * w.columns);
+        const WindowChunks chunks = plan.chunks_of(box);
+        const Position at{box.y0 + own_y, box.x0 + own_x};
+        const bool inside = i < size && at.y < box.grid_height && at.x < box.grid_width;
+        const int token = inside ? box.num_prefix_tokens + at.y * box.grid_width + at.x : -1;
         const int valid = token >= 0 && mask && mask[token] ? -1 : token;
         tokens.inside[i] = token;
         tokens.valid[i] = valid;
-        tokens.key_place[i] = valid < 0 ? w.hidden : w.key_place(i);
-        const Position at = box.position(i);
-        tokens.chunk_y[i] = at.y / plan.chunk_height;
-        tokens.chunk_x[i] = at.x / plan.chunk_width;
-    };
-    const void* const term_rows[4] = {terms.grad_beta, terms.omega, terms.grad_key_mean,
-                                      terms.grad_query_mean};
-    const auto load_chunk_terms = [&](const WindowChunks& chunks) {
-        constexpr int kQuarters = kHeadDim / 4;
-        for (int i = threadIdx.x; i < chunks.rows * chunks.columns * kQuarters; i += kThreads) {
-            const int staged = i / kQuarters, column = i % kQuarters * 4;
-            const int y = staged / chunks.columns, x = staged - y * chunks.columns;
-            const int chunk = (chunks.y0 + y) * plan.chunk_columns + chunks.x0 + x;
-            const int64_t at = (bh * plan.num_chunks + chunk) * head_dim + (column < head_dim ? column : 0);
-#pragma unroll
-            for (int k = 0; k < 4; ++k)
-                copy_async(&shared.chunk_terms[k][staged][column],
-                           static_cast<const float*>(term_rows[k]) + at, column < head_dim);
-        }
-        copy_commit();
+        tokens.key_place[i] = valid < 0 ? w.hidden : own_place;
+        tokens.chunk[i] = valid < 0 ? -1 : plan.chunk_of(chunks, at);
+        if (i == 0) tokens.chunks = chunks;
+        if (i < kBlockChunks) tokens.first_chunks[i] = terms.omega ? plan.chunk_at(chunks, i) : -1;
     };
     float logsumexp = 0, delta = 0, chunk_weight = 0, chunk_grad = 0;
-    const auto load_numbers = [&](const typename Traits::Tokens& tokens) {
+    const auto load_numbers = [&](const Tokens& tokens) {
         if (threadIdx.x >= kBlock) return;
         const int token = tokens.valid[threadIdx.x]; // written by this thread
         const int64_t at = bh * w.num_tokens + token;
@@ -194,7 +175,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         chunk_weight = load(terms.token_weight, 0.0f);
         chunk_grad = load(terms.token_grad, 0.0f);
     };
-    const auto store_numbers = [&](typename Traits::Tokens& tokens) {
+    const auto store_numbers = [&](Tokens& tokens) {
         if (threadIdx.x >= kBlock) return;
         tokens.logsumexp[threadIdx.x] = logsumexp * kLog2e;
         tokens.delta[threadIdx.x] = delta;
@@ -202,9 +183,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         tokens.chunk_grad[threadIdx.x] = chunk_grad;
     };
 
-    using Gather = GatherRows<kBlock, kThreads, kHeadDim>;
-    int row_token[Gather::kCount]; // of the window whose rows come next
-    const auto find_rows = [&](const typename Traits::Tokens& tokens) {
+    using Gather = GatherRows<kBlock, kThreads, kHeadDim>; // a warp copies its own rows
+    int row_token[Gather::kCount];                         // of the window whose rows come next
+    const auto find_rows = [&](const Tokens& tokens) {
 #pragma unroll
         for (int i = 0; i < Gather::kCount; ++i)
             row_token[i] = Gather::unit() * 8 < head_dim ? tokens.valid[Gather::row(i)] : -1;
@@ -223,16 +204,32 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         gather<kBlock, kThreads>(landmark_values, static_cast<const S*>(p.landmark_value) + first, head_dim,
                                  head_dim, landmark_of);
     };
-    // Where row 0 of a gradient goes, and how.
-    const auto output = [&](const Rows& rows, const typename Traits::Tokens& tokens) {
-        S* const base = static_cast<S*>(rows.data) + batch * rows.batch_stride + head * rows.head_stride;
-        return GradientRows<S>{base, static_cast<int>(rows.token_stride), head_dim, tokens.inside + own};
+
+    // Chunk terms of a block of chunks, rounded to S: kRowsPerLoad rows of one kind from a warp at a time.
+    constexpr int kLanesPerRow = kHeadDim / 4, kRowsPerLoad = kWarpSize / kLanesPerRow;
+    constexpr int kTermLoads = kBlockChunks / kRowsPerLoad;
+    const auto* const term_rows = static_cast<const float*>(warp == 0   ? terms.grad_beta
+                                                            : warp == 1 ? terms.omega
+                                                            : warp == 2 ? terms.grad_key_mean
+                                                                        : terms.grad_query_mean);
+    const int term_row = lane / kLanesPerRow, term_column = lane % kLanesPerRow * 4;
+    const float* const term_base = term_rows + bh * plan.num_chunks * head_dim + term_column;
+    const auto load_term = [&](int chunk) {
+        return chunk >= 0 && term_column < head_dim
+                   ? *reinterpret_cast<const float4*>(term_base + int64_t{chunk} * head_dim)
+                   : float4{};
+    };
+    const auto load_first_term = [&](const Tokens& tokens, int i) {
+        return load_term(tokens.first_chunks[i * kRowsPerLoad + term_row]);
+    };
+    const auto store_term = [&](const float4& x, int i) {
+        const RowTile tile{shared.chunk_terms[warp]};
+        S* const to = tile.unit(i * kRowsPerLoad + term_row, term_column / 8) + term_column % 8;
+        *reinterpret_cast<uint2*>(to) = make_uint2(pack<S>(x.x, x.y), pack<S>(x.z, x.w));
     };
 
     if (first_window < last_window) {
         describe(first_window, shared.tokens[0]);
-        load_numbers(shared.tokens[0]);
-        store_numbers(shared.tokens[0]);
         __syncthreads();
         find_rows(shared.tokens[0]);
         load_rows(queries, p.query);
@@ -241,6 +238,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         load_rows(grad_outputs, p.grad_output);
         if (plan.landmark_blocks == 1) load_landmarks(0);
         copy_commit();
+        load_numbers(shared.tokens[0]);
+        for (int i = 0; i < kTermLoads; ++i) store_term(load_first_term(shared.tokens[0], i), i);
+        store_numbers(shared.tokens[0]);
     }
     fill_bias_table<kThreads>(p, w, head, shared.bias_table);
     if (threadIdx.x < kBlock) {
@@ -251,113 +251,143 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
 
     float grad_bias[kBlock / 8][4] = {}; // of the warp's keys and all queries, summed over windows
     for (int window = first_window; window < last_window; ++window) {
-        const auto& tokens = shared.tokens[(window - first_window) % 2];
-        auto& next_tokens = shared.tokens[(window - first_window + 1) % 2];
+        const Tokens& tokens = shared.tokens[(window - first_window) % 2];
+        Tokens& next_tokens = shared.tokens[(window - first_window + 1) % 2];
         const bool has_next = window + 1 < last_window;
         copy_wait<0>();
         publish_tiles();
         __syncthreads();
-        const WindowChunks chunks = tokens.chunks;
-        const bool staged = terms.omega && chunks.rows * chunks.columns <= Traits::kMaxStagedChunks;
-        if (staged) load_chunk_terms(chunks);
         if (has_next) {
             describe(window + 1, next_tokens);
             load_numbers(next_tokens);
         }
-        if (p.exclude_window_landmarks && plan.landmark_blocks == 1 && threadIdx.x < kBlock)
+        if (kGeneral && p.exclude_window_landmarks && plan.landmark_blocks == 1 && threadIdx.x < kBlock)
             shared.landmark_bias[threadIdx.x] =
                 global_bias(p, w.key_box(window / w.columns, window % w.columns), batch, threadIdx.x);
 
-        float grad_key[kHeadDim / 8][4] = {}, grad_value[kHeadDim / 8][4] = {};
+        uint32_t weight[kBlock / 16][4], key_grad_score[kBlock / 16][4];
         {
             // Keys on M, queries on N.
-            float score[kBlock / 8][4], grad_weight[kBlock / 8][4];
+            float product[kBlock / 8][4];
             begin_products<kHeadDim>();
-            multiply_transposed(score, keys, own, queries, size);
-            multiply_transposed(grad_weight, values, own, grad_outputs, size);
-            end_products<kHeadDim>(score, grad_weight);
-            uint32_t weight[kBlock / 16][4], grad_score[kBlock / 16][4];
-            int key_token[2];
-            const float* bias[2];
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                key_token[r] = tokens.valid[own + group + 8 * r];
-                bias[r] = shared.bias_table + tokens.key_place[own + group + 8 * r];
-            }
+            multiply_transposed(product, keys, own, queries, size);
+            end_products<kHeadDim>(product);
+            const float* const bias[2] = {shared.bias_table + tokens.key_place[own + group],
+                                          shared.bias_table + tokens.key_place[own + group + 8]};
 #pragma unroll
             for (int n = 0; n < kBlock / 8; ++n) {
-                float w[4] = {}, ds[4] = {};
+                float x[4] = {};
                 if (8 * n < size) {
-                    const int at = 8 * n + pair;
-                    const int2 place = *reinterpret_cast<const int2*>(&shared.query_place[at]);
-                    const float2 lse = *reinterpret_cast<const float2*>(&tokens.logsumexp[at]);
-                    const float2 delta = *reinterpret_cast<const float2*>(&tokens.delta[at]);
+                    const int2 place = *reinterpret_cast<const int2*>(&shared.query_place[8 * n + pair]);
+                    const float2 lse = *reinterpret_cast<const float2*>(&tokens.logsumexp[8 * n + pair]);
 #pragma unroll
                     for (int e = 0; e < 4; ++e) {
                         const float logit =
-                            score[n][e] * scale_log2 + bias[e / 2][-(e % 2 ? place.y : place.x)];
-                        w[e] = exp2_approx(logit - (e % 2 ? lse.y : lse.x));
-                        const float kept = dropout.factor(tokens.valid[at + e % 2], key_token[e / 2]);
-                        ds[e] = w[e] * (grad_weight[n][e] * kept - (e % 2 ? delta.y : delta.x));
-                        w[e] *= kept;
-                        grad_bias[n][e] += ds[e];
+                            product[n][e] * scale_log2 + bias[e / 2][-(e % 2 ? place.y : place.x)];
+                        x[e] = exp2_approx(logit - (e % 2 ? lse.y : lse.x));
                     }
                 }
 #pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    weight[n / 2][n % 2 * 2 + r] = pack<S>(w[2 * r], w[2 * r + 1]);
-                    grad_score[n / 2][n % 2 * 2 + r] = pack<S>(ds[2 * r], ds[2 * r + 1]);
-                    *reinterpret_cast<uint32_t*>(grad_scores.unit(own + group + 8 * r, n) + pair) =
-                        grad_score[n / 2][n % 2 * 2 + r];
-                }
+                for (int r = 0; r < 2; ++r) weight[n / 2][n % 2 * 2 + r] = pack<S>(x[2 * r], x[2 * r + 1]);
             }
             begin_products<kHeadDim>();
-            multiply(grad_value, weight, grad_outputs, size);
-            multiply(grad_key, grad_score, queries, size);
-            end_products<kHeadDim>(grad_value, grad_key);
+            multiply_transposed(product, values, own, grad_outputs, size);
+            end_products<kHeadDim>(product);
+            const int key_token[2] = {tokens.valid[own + group], tokens.valid[own + group + 8]};
+            const auto kept = dropout.template factors<kBlock / 8>(
+                [&](int n, int e) { return tokens.valid[8 * n + pair + e % 2]; },
+                [&](int, int e) { return key_token[e / 2]; });
+#pragma unroll
+            for (int n = 0; n < kBlock / 8; ++n) {
+                const float2 row_delta = *reinterpret_cast<const float2*>(&tokens.delta[8 * n + pair]);
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    uint32_t& packed = weight[n / 2][n % 2 * 2 + r];
+                    uint32_t& ds = key_grad_score[n / 2][n % 2 * 2 + r];
+                    ds = 0;
+                    if (8 * n < size) {
+                        const float2 x = unpack<S>(packed);
+                        const float left = x.x * (kept(product[n][2 * r], n, 2 * r) - row_delta.x);
+                        const float right = x.y * (kept(product[n][2 * r + 1], n, 2 * r + 1) - row_delta.y);
+                        if (kGeneral) packed = pack<S>(kept(x.x, n, 2 * r), kept(x.y, n, 2 * r + 1));
+                        grad_bias[n][2 * r] += left;
+                        grad_bias[n][2 * r + 1] += right;
+                        ds = pack<S>(left, right);
+                    }
+                    *reinterpret_cast<uint32_t*>(grad_scores.unit(own + group + 8 * r, n) + pair) = ds;
+                }
+            }
         }
-        copy_wait<0>();
         publish_tiles();
         __syncthreads();
-        if (has_next) {
-            find_rows(next_tokens);
-            load_rows(values, p.value);
-        }
-        // Eight columns of a row of chunk terms, of a valid token.
-        const auto load_terms = [&](float (&x)[8], int k, int row, int column) {
-            const int chunk_y = tokens.chunk_y[row], chunk_x = tokens.chunk_x[row];
-            if (staged) {
-                load_floats(x, &shared.chunk_terms[k][(chunk_y - chunks.y0) * chunks.columns + chunk_x -
-                                                      chunks.x0][column]);
-            } else {
-                const int64_t chunk = bh * plan.num_chunks + chunk_y * plan.chunk_columns + chunk_x;
-                load_floats(x, static_cast<const float*>(term_rows[k]) + chunk * head_dim + column);
+
+        const int chunk_blocks = !terms.omega ? 0
+                                 : kGeneral   ? (tokens.chunks.count + kBlockChunks - 1) / kBlockChunks
+                                              : 1;
+        // For each block of chunks: the columns that the warp's tokens have in it.
+        const auto for_chunks = [&](const auto& add) {
+            for (int block = 0; block < chunk_blocks; ++block) {
+                if (kGeneral && chunk_blocks > 1) {
+                    __syncthreads();
+#pragma unroll 1
+                    for (int i = 0; i < kTermLoads; ++i) {
+                        const int n = block * kBlockChunks + i * kRowsPerLoad + term_row;
+                        store_term(load_term(plan.chunk_at(tokens.chunks, n)), i);
+                    }
+                    __syncthreads();
+                }
+                const int column[2] = {tokens.chunk[own + group] - block * kBlockChunks,
+                                       tokens.chunk[own + group + 8] - block * kBlockChunks};
+                add(column);
             }
         };
-        store_gradient<Traits>(grad_value, shared.staging[warp], output(p.grad_value, tokens),
-                               [&](float (&y)[8], int i, int column) {
-                                   if (!terms.omega || tokens.valid[own + i] < 0) return;
-                                   float grad_beta[8];
-                                   load_terms(grad_beta, 0, own + i, column);
-                                   const float weight = tokens.chunk_weight[own + i];
+        const auto add_term = [&](float (&gradient)[kHeadDim / 8][4], int term, const int (&column)[2],
+                                  float upper, float lower) {
+            uint32_t factor[1][4];
+            select_columns<S>(factor[0], column, upper, lower);
+            multiply(gradient, factor, RowTile{shared.chunk_terms[term]}, kBlockChunks);
+        };
+        const auto store = [&](const Rows& rows) {
+            S* const base = static_cast<S*>(rows.data) + batch * rows.batch_stride + head * rows.head_stride;
+            store_staged(values, own, base, rows.token_stride, head_dim,
+                         [&](int row) { return tokens.inside[row]; });
+        };
+        const auto multiply_by_scale = [&](float (&gradient)[kHeadDim / 8][4]) {
 #pragma unroll
-                                   for (int d = 0; d < 8; ++d) y[d] += weight * grad_beta[d];
-                               });
-        store_gradient<Traits>(grad_key, shared.staging[warp], output(p.grad_key, tokens),
-                               [&](float (&y)[8], int i, int column) {
+            for (int d = 0; d < kHeadDim / 8; ++d)
 #pragma unroll
-                                   for (int d = 0; d < 8; ++d) y[d] *= scale;
-                                   if (!terms.omega || tokens.valid[own + i] < 0) return;
-                                   const float grad = tokens.chunk_grad[own + i];
-                                   float omega[8], grad_mean[8], key[8];
-                                   load_terms(omega, 1, own + i, column);
-                                   load_terms(grad_mean, 2, own + i, column);
-                                   unpack_row<S>(
-                                       key, *reinterpret_cast<const uint4*>(keys.unit(own + i, column / 8)));
-#pragma unroll
-                                   for (int d = 0; d < 8; ++d)
-                                       y[d] += grad * (omega[d] - key[d]) + grad_mean[d];
-                               });
+                for (int e = 0; e < 4; ++e) gradient[d][e] *= scale;
+        };
+        {
+            float grad_value[kHeadDim / 8][4] = {};
+            begin_products<kHeadDim>();
+            multiply(grad_value, weight, grad_outputs, size);
+            end_products<kHeadDim>(grad_value);
+            for_chunks([&](const int (&column)[2]) {
+                add_term(grad_value, 0, column, tokens.chunk_weight[own + group],
+                         tokens.chunk_weight[own + group + 8]);
+            });
+            stage_gradient(grad_value, values, own);
+            store(p.grad_value);
+        }
+        {
+            float grad_key[kHeadDim / 8][4] = {};
+            begin_products<kHeadDim>();
+            multiply(grad_key, key_grad_score, queries, size);
+            end_products<kHeadDim>(grad_key);
+            multiply_by_scale(grad_key);
+            const float upper = tokens.chunk_grad[own + group], lower = tokens.chunk_grad[own + group + 8];
+            for_chunks([&](const int (&column)[2]) {
+                add_term(grad_key, 1, column, upper, lower);
+                add_term(grad_key, 2, column, 1, 1);
+            });
+            uint32_t factor[1][4];
+            const int diagonal[2] = {group, group + 8};
+            select_columns<S>(factor[0], diagonal, -upper, -lower);
+            multiply(grad_key, factor, RowTile{keys.data + own * kHeadDim}, 16);
+            stage_gradient(grad_key, values, own);
+            store(p.grad_key);
+        }
 
         int query_token[2], visible_landmarks[2];
         float lse[2], row_delta[2];
@@ -367,26 +397,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             query_token[r] = tokens.valid[row];
             lse[r] = tokens.logsumexp[row];
             row_delta[r] = tokens.delta[row];
-            visible_landmarks[r] = g.is_causal ? query_token[r] / static_cast<int>(g.chunk_width) : INT_MAX;
+            visible_landmarks[r] =
+                kGeneral && g.is_causal ? query_token[r] / static_cast<int>(g.chunk_width) : INT_MAX;
         }
         float grad_query[kHeadDim / 8][4];
-        const auto load_next = [&] {
-            __syncthreads();
-            if (!has_next) return;
-            load_rows(queries, p.query);
-            load_rows(keys, p.key);
-            load_rows(grad_outputs, p.grad_output);
-            copy_commit();
-        };
-        if (plan.landmark_blocks == 0) {
-            begin_products<kHeadDim>();
-            multiply_left_transposed(grad_query, grad_scores, own, keys, size);
-            end_products<kHeadDim>(grad_query);
-            load_next();
-        }
-        for (int block = 0; block < plan.landmark_blocks; ++block) {
+        begin_products<kHeadDim>();
+        multiply_left_transposed(grad_query, grad_scores, own, keys, size);
+        end_products<kHeadDim>(grad_query);
+        const int landmark_blocks = kGeneral ? plan.landmark_blocks : 1;
+        for (int block = 0; block < landmark_blocks; ++block) {
             const int first = block * kBlock;
-            if (plan.landmark_blocks > 1) {
+            if (kGeneral && landmark_blocks > 1) {
                 __syncthreads();
                 load_landmarks(block);
                 copy_commit();
@@ -398,49 +419,71 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
                 __syncthreads();
             }
             // Queries on M, landmarks on N.
-            float score[kBlock / 8][4], grad_weight[kBlock / 8][4];
+            float product[kBlock / 8][4];
             begin_products<kHeadDim>();
-            if (block == 0) multiply_left_transposed(grad_query, grad_scores, own, keys, size);
-            multiply_transposed(score, queries, own, landmark_keys, landmarks - first);
-            multiply_transposed(grad_weight, grad_outputs, own, landmark_values, landmarks - first);
-            end_products<kHeadDim>(grad_query, score, grad_weight);
-            if (block == plan.landmark_blocks - 1) load_next();
+            multiply_transposed(product, queries, own, landmark_keys, landmarks - first);
+            end_products<kHeadDim>(product);
             uint32_t grad_score[kBlock / 16][4];
 #pragma unroll
             for (int n = 0; n < kBlock / 8; ++n) {
-                float ds[4] = {};
+                float x[4] = {};
                 if (first + 8 * n < landmarks) {
-                    const int at = 8 * n + pair;
-                    const float2 bias = *reinterpret_cast<const float2*>(&shared.landmark_bias[at]);
+                    const float2 bias = *reinterpret_cast<const float2*>(&shared.landmark_bias[8 * n + pair]);
 #pragma unroll
                     for (int e = 0; e < 4; ++e) {
-                        float logit = score[n][e] * scale_log2 + (e % 2 ? bias.y : bias.x);
-                        const int landmark = first + at + e % 2;
-                        if (landmark >= visible_landmarks[e / 2]) logit = -kInfinity;
-                        const float kept = dropout.factor(query_token[e / 2], w.num_tokens + landmark);
-                        ds[e] =
-                            exp2_approx(logit - lse[e / 2]) * (grad_weight[n][e] * kept - row_delta[e / 2]);
+                        const float logit = product[n][e] * scale_log2 + (e % 2 ? bias.y : bias.x);
+                        x[e] = exp2_approx(logit - lse[e / 2]);
+                        if (kGeneral && g.is_causal &&
+                            first + 8 * n + pair + e % 2 >= visible_landmarks[e / 2])
+                            x[e] = 0;
                     }
                 }
 #pragma unroll
                 for (int r = 0; r < 2; ++r)
-                    grad_score[n / 2][n % 2 * 2 + r] = pack<S>(ds[2 * r], ds[2 * r + 1]);
+                    grad_score[n / 2][n % 2 * 2 + r] = pack<S>(x[2 * r], x[2 * r + 1]);
+            }
+            begin_products<kHeadDim>();
+            multiply_transposed(product, grad_outputs, own, landmark_values, landmarks - first);
+            end_products<kHeadDim>(product);
+            const auto kept = dropout.template factors<kBlock / 8>(
+                [&](int, int e) { return query_token[e / 2]; },
+                [&](int n, int e) { return w.num_tokens + first + 8 * n + pair + e % 2; });
+#pragma unroll
+            for (int n = 0; n < kBlock / 8; ++n) {
+                if (first + 8 * n >= landmarks) continue;
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    uint32_t& packed = grad_score[n / 2][n % 2 * 2 + r];
+                    const float2 x = unpack<S>(packed);
+                    packed = pack<S>(x.x * (kept(product[n][2 * r], n, 2 * r) - row_delta[r]),
+                                     x.y * (kept(product[n][2 * r + 1], n, 2 * r + 1) - row_delta[r]));
+                }
             }
             begin_products<kHeadDim>();
             multiply(grad_query, grad_score, landmark_keys, landmarks - first);
             end_products<kHeadDim>(grad_query);
         }
-        store_gradient<Traits>(grad_query, shared.staging[warp], output(p.grad_query, tokens),
-                               [&](float (&y)[8], int i, int column) {
+        multiply_by_scale(grad_query);
+        for_chunks([&](const int (&column)[2]) { add_term(grad_query, 3, column, 1, 1); });
+        stage_gradient(grad_query, values, own);
+        __syncthreads();
+        if (has_next) {
+            find_rows(next_tokens);
+            load_rows(queries, p.query);
+            load_rows(keys, p.key);
+            load_rows(grad_outputs, p.grad_output);
+        }
+        store(p.grad_query);
+        if (has_next) {
+            float4 next_terms[kTermLoads];
 #pragma unroll
-                                   for (int d = 0; d < 8; ++d) y[d] *= scale;
-                                   if (!terms.omega || tokens.valid[own + i] < 0) return;
-                                   float grad_mean[8];
-                                   load_terms(grad_mean, 3, own + i, column);
+            for (int i = 0; i < kTermLoads; ++i) next_terms[i] = load_first_term(next_tokens, i);
+            load_rows(values, p.value);
+            copy_commit();
+            store_numbers(next_tokens);
 #pragma unroll
-                                   for (int d = 0; d < 8; ++d) y[d] += grad_mean[d];
-                               });
-        if (has_next) store_numbers(next_tokens);
+            for (int i = 0; i < kTermLoads; ++i) store_term(next_terms[i], i);
+        }
     }
 
     if (!p.grad_relative_bias) return;
@@ -471,8 +514,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
 
 template <class Traits>
 int64_t count_bias_pieces(const AttentionParams& p) {
-    return count_slices(p.shape.batch * p.shape.heads, p.shape.geometry.num_windows(),
-                        132 * Traits::kCtasPerSm);
+    return count_slices(p.shape.batch * p.shape.heads, p.shape.geometry.num_windows(), Traits::kSlots);
+}
+
+// Whether dropout, a mask, hidden landmarks or more than one block of landmarks or chunks are to be handled.
+inline bool is_general(const AttentionParams& p) {
+    constexpr int64_t kBlock = 64, kBlockChunks = 16;
+    const Geometry& g = p.shape.geometry;
+    const auto most_chunks = [](int64_t window, int64_t chunk) { return (window + chunk - 2) / chunk + 1; };
+    return p.dropout.threshold > 0 || p.key_padding_mask || g.is_causal || p.exclude_window_landmarks ||
+           p.num_landmarks > kBlock ||
+           most_chunks(g.window_height, g.chunk_height) * most_chunks(g.window_width, g.chunk_width) >
+               kBlockChunks;
 }
 
 template <class Traits>
@@ -484,11 +537,14 @@ void launch_window_attention_bwd(const AttentionParams& p, cudaStream_t stream) 
     const WindowGradPlan plan{
         .windows = Windows::of(p),
         .slices = static_cast<int>(slices),
-        .landmark_blocks = static_cast<int>(detail::ceil_div(p.num_landmarks, Traits::kBlock)),
+        .landmark_blocks =
+            static_cast<int>(detail::max(detail::ceil_div(p.num_landmarks, Traits::kBlock), 1)),
         .num_chunks = static_cast<int>(g.num_chunks()),
         .chunk_columns = static_cast<int>(g.chunk_columns()),
         .chunk_height = static_cast<int>(g.chunk_height),
         .chunk_width = static_cast<int>(g.chunk_width),
+        .chunk_height_reciprocal = reciprocal(static_cast<int>(g.chunk_height)),
+        .chunk_width_reciprocal = reciprocal(static_cast<int>(g.chunk_width)),
     };
     constexpr int kBytes = sizeof(typename Traits::Shared);
     cudaFuncSetAttribute(window_attention_bwd_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -21,10 +21,9 @@ struct BlockGradTraits {
         alignas(1024) S first[kBlockN * kHeadDim];  // queries, or keys and landmark keys
         alignas(1024) S second[kBlockN * kHeadDim]; // gradients of outputs, or values and landmark values
         int token[kBlockN];                         // -1: none; of a landmark its number in dropout's counter
-        int place[kBlockN];                         // in the bias table
         union {
             float logsumexp[kBlockN]; // of queries, times log2(e)
-            float bias[kBlockN];      // of landmarks
+            float bias[kBlockN];      // of keys and landmarks, -inf: hidden
         };
         float delta[kBlockN]; // of queries
     };
@@ -32,7 +31,6 @@ struct BlockGradTraits {
         alignas(1024) S first[kBlockM * kHeadDim];
         alignas(1024) S second[kBlockM * kHeadDim];
         Columns columns[2];
-        float bias_table[1];
     };
 };
 
@@ -42,22 +40,20 @@ struct BlockGradPlan {
     int num_chunks, chunk_columns, chunk_height, chunk_width;
 };
 
-// Writes a warp's 16 rows of gradients; `finish` adds to two sums of a row.
-template <int kHeadDim, class S, class Finish>
-__device__ inline void store_rows(float (&gradient)[kHeadDim / 8][4], S* base, int64_t stride, int head_dim,
-                                  const int (&token)[2], const Finish& finish) {
-    const int pair = threadIdx.x % 4 * 2;
+// gradient += factor * a chunk's term, for the rows whose chunks have terms.
+template <int kTiles>
+__device__ inline void add_chunk_term(float (&gradient)[kTiles][4], const void* term,
+                                      const int64_t (&chunk_row)[2], int head_dim, const float (&factor)[2]) {
+    const float* const from = static_cast<const float*>(term) + threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        if (token[r] < 0) continue;
+    for (int r = 0; r < 2; ++r)
 #pragma unroll
-        for (int d = 0; d < kHeadDim / 8; ++d) {
-            if (8 * d >= head_dim) continue;
-            float2 x = make_float2(gradient[d][2 * r], gradient[d][2 * r + 1]);
-            finish(x, r, 8 * d + pair);
-            *reinterpret_cast<uint32_t*>(base + token[r] * stride + 8 * d + pair) = pack<S>(x.x, x.y);
+        for (int d = 0; d < kTiles; ++d) {
+            if (chunk_row[r] < 0 || 8 * d >= head_dim) continue;
+            const float2 x = *reinterpret_cast<const float2*>(from + chunk_row[r] + 8 * d);
+            gradient[d][2 * r] += factor[r] * x.x;
+            gradient[d][2 * r + 1] += factor[r] * x.y;
         }
-    }
 }
 
 template <class Traits>
@@ -116,9 +112,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
                             p.grad_output.token_stride, token);
         copy_commit();
         if (threadIdx.x >= kBlockN) return;
-        const int own = first + threadIdx.x, own_token = valid(box.token(own));
+        const int own_token = valid(box.token(first + threadIdx.x));
         columns.token[threadIdx.x] = own_token;
-        columns.place[threadIdx.x] = w.query_place(min(own, w.queries.size() - 1));
         const int64_t at = bh * w.num_tokens + own_token;
         logsumexp = own_token < 0 ? kInfinity : static_cast<const float*>(p.logsumexp)[at];
         delta = own_token < 0 ? 0.0f : static_cast<const float*>(p.delta)[at];
@@ -133,18 +128,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
                                   key_token);
         load(start, shared.columns[0]);
     }
-    fill_bias_table<kThreads>(p, w, head, shared.bias_table);
 
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const int group = lane / 4, pair = lane % 4 * 2, own = warp * 16;
     const float scale = static_cast<float>(p.scale), scale_log2 = scale * kLog2e;
     const DropoutWeights<kHasDropout> dropout(p, bh);
-    int inside[2], token[2];
+    int token[2];
     Position at[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        inside[r] = keys_box.token(first_key + own + group + 8 * r);
-        token[r] = valid(inside[r]);
+        token[r] = valid(keys_box.token(first_key + own + group + 8 * r));
         at[r] = keys_box.position(first_key + own + group + 8 * r);
     }
 
@@ -161,13 +154,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         if (i + 1 < last) load(i + 1, shared.columns[stage ^ 1]);
 
         const TokenBox seen = w.key_box(window_row(i), window_column(i));
-        const float* bias[2];
+        float bias[2]; // -inf: the window's queries don't see the key
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int y = at[r].y - seen.y0, x = at[r].x - seen.x0;
             const bool visible =
                 token[r] >= 0 && y >= 0 && y < seen.shape.height && x >= 0 && x < seen.shape.width;
-            bias[r] = shared.bias_table + (visible ? w.key_place(y * seen.shape.width + x) : w.hidden);
+            bias[r] = visible ? 0.0f : -kInfinity;
         }
         const RowTile queries{columns.first}, grad_outputs{columns.second};
         const int count = w.queries.size() - i % query_blocks * kBlockN;
@@ -176,21 +169,29 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         multiply_transposed(score, keys, own, queries, count);
         multiply_transposed(grad_weight, values, own, grad_outputs, count);
         end_products<kHeadDim>(score, grad_weight);
+        if (g.is_causal && i < query_blocks && i * kBlockN < first_key + kBlockM) {
+#pragma unroll
+            for (int n = 0; n < kBlockN / 8; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    if (token[e / 2] > columns.token[8 * n + pair + e % 2]) score[n][e] = -kInfinity;
+        }
+        const auto kept = dropout.template factors<kBlockN / 8>(
+            [&](int n, int e) { return columns.token[8 * n + pair + e % 2]; },
+            [&](int, int e) { return token[e / 2]; });
         uint32_t weight[kBlockN / 16][4], grad_score[kBlockN / 16][4];
 #pragma unroll
         for (int n = 0; n < kBlockN / 8; ++n) {
             const int c = 8 * n + pair;
-            const int2 place = *reinterpret_cast<const int2*>(&columns.place[c]);
             const float2 lse = *reinterpret_cast<const float2*>(&columns.logsumexp[c]);
             const float2 row_delta = *reinterpret_cast<const float2*>(&columns.delta[c]);
             float weights[4], ds[4];
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const float logit = score[n][e] * scale_log2 + bias[e / 2][-(e % 2 ? place.y : place.x)];
+                const float logit = score[n][e] * scale_log2 + bias[e / 2];
                 weights[e] = exp2_approx(logit - (e % 2 ? lse.y : lse.x));
-                const float kept = dropout.factor(columns.token[c + e % 2], token[e / 2]);
-                ds[e] = weights[e] * (grad_weight[n][e] * kept - (e % 2 ? row_delta.y : row_delta.x));
-                weights[e] *= kept;
+                ds[e] = weights[e] * (kept(grad_weight[n][e], n, e) - (e % 2 ? row_delta.y : row_delta.x));
+                weights[e] = kept(weights[e], n, e);
             }
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
@@ -204,42 +205,45 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         end_products<kHeadDim>(grad_value, grad_key);
     }
 
-    const ChunkTerms& terms = p.chunk_terms;
-    int64_t chunk_row[2];
-    float chunk_weight[2] = {}, chunk_grad[2] = {};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        if (!terms.omega || token[r] < 0) continue;
-        const int chunk = at[r].y / plan.chunk_height * plan.chunk_columns + at[r].x / plan.chunk_width;
-        chunk_row[r] = (bh * plan.num_chunks + chunk) * head_dim;
-        chunk_weight[r] = static_cast<const float*>(terms.token_weight)[bh * w.num_tokens + token[r]];
-        chunk_grad[r] = static_cast<const float*>(terms.token_grad)[bh * w.num_tokens + token[r]];
+    for (int d = 0; d < kHeadDim / 8; ++d)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) grad_key[d][e] *= scale;
+    const ChunkTerms& terms = p.chunk_terms;
+    if (terms.omega) {
+        int64_t chunk_row[2] = {-1, -1};
+        float chunk_weight[2] = {}, chunk_grad[2] = {};
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            if (token[r] < 0) continue;
+            const int chunk = at[r].y / plan.chunk_height * plan.chunk_columns + at[r].x / plan.chunk_width;
+            chunk_row[r] = (bh * plan.num_chunks + chunk) * head_dim;
+            chunk_weight[r] = static_cast<const float*>(terms.token_weight)[bh * w.num_tokens + token[r]];
+            chunk_grad[r] = static_cast<const float*>(terms.token_grad)[bh * w.num_tokens + token[r]];
+        }
+        const float one[2] = {1, 1};
+        add_chunk_term(grad_value, terms.grad_beta, chunk_row, head_dim, chunk_weight);
+        add_chunk_term(grad_key, terms.omega, chunk_row, head_dim, chunk_grad);
+        add_chunk_term(grad_key, terms.grad_key_mean, chunk_row, head_dim, one);
+#pragma unroll
+        for (int d = 0; d < kHeadDim / 8; ++d)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const float2 key =
+                    unpack<S>(*reinterpret_cast<const uint32_t*>(keys.unit(own + group + 8 * r, d) + pair));
+                grad_key[d][2 * r] -= chunk_grad[r] * key.x;
+                grad_key[d][2 * r + 1] -= chunk_grad[r] * key.y;
+            }
     }
-    const auto term = [&](const void* rows, int r, int column) {
-        return *reinterpret_cast<const float2*>(static_cast<const float*>(rows) + chunk_row[r] + column);
+    __syncthreads();
+    const auto store = [&](const float (&gradient)[kHeadDim / 8][4], const Rows& rows) {
+        S* const base = static_cast<S*>(rows.data) + batch * rows.batch_stride + head * rows.head_stride;
+        stage_gradient(gradient, values, own);
+        store_staged(values, own, base, rows.token_stride, head_dim,
+                     [&](int row) { return keys_box.token(first_key + row); });
     };
-    const auto output = [&](const Rows& rows) {
-        return static_cast<S*>(rows.data) + batch * rows.batch_stride + head * rows.head_stride;
-    };
-    store_rows<kHeadDim>(grad_value, output(p.grad_value), p.grad_value.token_stride, head_dim, inside,
-                         [&](float2& x, int r, int column) {
-                             if (!terms.omega || token[r] < 0) return;
-                             const float2 grad_beta = term(terms.grad_beta, r, column);
-                             x.x += chunk_weight[r] * grad_beta.x;
-                             x.y += chunk_weight[r] * grad_beta.y;
-                         });
-    store_rows<kHeadDim>(grad_key, output(p.grad_key), p.grad_key.token_stride, head_dim, inside,
-                         [&](float2& x, int r, int column) {
-                             x.x *= scale;
-                             x.y *= scale;
-                             if (!terms.omega || token[r] < 0) return;
-                             const float2 omega = term(terms.omega, r, column),
-                                          mean = term(terms.grad_key_mean, r, column);
-                             const float2 key = unpack<S>(*reinterpret_cast<const uint32_t*>(
-                                 keys.unit(own + group + 8 * r, column / 8) + column % 8));
-                             x.x += chunk_grad[r] * (omega.x - key.x) + mean.x;
-                             x.y += chunk_grad[r] * (omega.y - key.y) + mean.y;
-                         });
+    store(grad_value, p.grad_value);
+    store(grad_key, p.grad_key);
 }
 
 template <class Traits>
@@ -305,9 +309,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         copy_commit();
         if (threadIdx.x >= kBlockN) return;
         if (i < key_blocks) {
-            const int own = i * kBlockN + threadIdx.x, token = valid(keys_box.token(own));
+            const int token = valid(keys_box.token(i * kBlockN + threadIdx.x));
             columns.token[threadIdx.x] = token;
-            columns.place[threadIdx.x] = token < 0 ? w.hidden : w.key_place(own);
+            columns.bias[threadIdx.x] = token < 0 ? -kInfinity : 0.0f;
         } else {
             columns.token[threadIdx.x] = w.num_tokens + landmark + threadIdx.x;
             columns.bias[threadIdx.x] = global_bias(p, keys_box, batch, landmark + threadIdx.x);
@@ -321,21 +325,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     gather<kBlockM, kThreads>(grad_outputs, head_rows<S>(p.grad_output, batch, head),
                               p.grad_output.token_stride, head_dim, query_token);
     if (last > 0) load(0, shared.columns[0]);
-    fill_bias_table<kThreads>(p, w, head, shared.bias_table);
 
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const int group = lane / 4, pair = lane % 4 * 2, own = warp * 16;
     const float scale = static_cast<float>(p.scale), scale_log2 = scale * kLog2e;
     const DropoutWeights<kHasDropout> dropout(p, bh);
-    int inside[2], token[2], visible_landmarks[2];
-    const float* bias[2];
+    int token[2], visible_landmarks[2];
     float lse[2], delta[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const int i = first_query + own + group + 8 * r;
-        inside[r] = box.token(i);
-        token[r] = valid(inside[r]);
-        bias[r] = shared.bias_table - w.query_place(min(i, w.queries.size() - 1));
+        token[r] = valid(box.token(first_query + own + group + 8 * r));
         visible_landmarks[r] = g.is_causal ? token[r] / static_cast<int>(g.chunk_width) : INT_MAX;
         const int64_t at = bh * w.num_tokens + token[r];
         lse[r] = token[r] < 0 ? kInfinity : static_cast<const float*>(p.logsumexp)[at] * kLog2e;
@@ -358,23 +357,30 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         multiply_transposed(score, queries, own, first, count);
         multiply_transposed(grad_weight, grad_outputs, own, second, count);
         end_products<kHeadDim>(score, grad_weight);
+        if (g.is_causal) {
+            const int first_landmark = (i - key_blocks) * kBlockN;
+#pragma unroll
+            for (int n = 0; n < kBlockN / 8; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int c = 8 * n + pair + e % 2;
+                    const bool hidden = of_window ? columns.token[c] > token[e / 2]
+                                                  : first_landmark + c >= visible_landmarks[e / 2];
+                    if (hidden) score[n][e] = -kInfinity;
+                }
+        }
+        const auto kept = dropout.template factors<kBlockN / 8>(
+            [&](int, int e) { return token[e / 2]; },
+            [&](int n, int e) { return columns.token[8 * n + pair + e % 2]; });
         uint32_t grad_score[kBlockN / 16][4];
 #pragma unroll
         for (int n = 0; n < kBlockN / 8; ++n) {
-            const int c = 8 * n + pair;
+            const float2 bias = *reinterpret_cast<const float2*>(&columns.bias[8 * n + pair]);
             float ds[4];
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const int at = c + e % 2;
-                float logit = score[n][e] * scale_log2;
-                if (of_window) {
-                    logit += bias[e / 2][columns.place[at]];
-                } else {
-                    logit += columns.bias[at];
-                    if ((i - key_blocks) * kBlockN + at >= visible_landmarks[e / 2]) logit = -kInfinity;
-                }
-                const float kept = dropout.factor(token[e / 2], columns.token[at]);
-                ds[e] = exp2_approx(logit - lse[e / 2]) * (grad_weight[n][e] * kept - delta[e / 2]);
+                const float logit = score[n][e] * scale_log2 + (e % 2 ? bias.y : bias.x);
+                ds[e] = exp2_approx(logit - lse[e / 2]) * (kept(grad_weight[n][e], n, e) - delta[e / 2]);
             }
 #pragma unroll
             for (int r = 0; r < 2; ++r) grad_score[n / 2][n % 2 * 2 + r] = pack<S>(ds[2 * r], ds[2 * r + 1]);
@@ -384,26 +390,27 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         end_products<kHeadDim>(grad_query);
     }
 
-    const ChunkTerms& terms = p.chunk_terms;
-    S* const output = static_cast<S*>(p.grad_query.data) + batch * p.grad_query.batch_stride +
-                      head * p.grad_query.head_stride;
-    int64_t chunk_row[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const Position at = box.position(first_query + own + group + 8 * r);
-        const int chunk = at.y / plan.chunk_height * plan.chunk_columns + at.x / plan.chunk_width;
-        chunk_row[r] = (bh * plan.num_chunks + chunk) * head_dim;
+    for (int d = 0; d < kHeadDim / 8; ++d)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) grad_query[d][e] *= scale;
+    if (p.chunk_terms.omega) {
+        int64_t chunk_row[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const Position at = box.position(first_query + own + group + 8 * r);
+            const int chunk = at.y / plan.chunk_height * plan.chunk_columns + at.x / plan.chunk_width;
+            chunk_row[r] = token[r] < 0 ? -1 : (bh * plan.num_chunks + chunk) * head_dim;
+        }
+        const float one[2] = {1, 1};
+        add_chunk_term(grad_query, p.chunk_terms.grad_query_mean, chunk_row, head_dim, one);
     }
-    store_rows<kHeadDim>(grad_query, output, p.grad_query.token_stride, head_dim, inside,
-                         [&](float2& x, int r, int column) {
-                             x.x *= scale;
-                             x.y *= scale;
-                             if (!terms.omega || token[r] < 0) return;
-                             const float2 mean = *reinterpret_cast<const float2*>(
-                                 static_cast<const float*>(terms.grad_query_mean) + chunk_row[r] + column);
-                             x.x += mean.x;
-                             x.y += mean.y;
-                         });
+    __syncthreads();
+    S* const base = static_cast<S*>(p.grad_query.data) + batch * p.grad_query.batch_stride +
+                    head * p.grad_query.head_stride;
+    stage_gradient(grad_query, queries, own);
+    store_staged(queries, own, base, p.grad_query.token_stride, head_dim,
+                 [&](int row) { return box.token(first_query + row); });
 }
 
 template <class Traits>
@@ -420,12 +427,11 @@ void launch_window_attention_bwd_blocks(const AttentionParams& p, cudaStream_t s
     plan.blocks_per_window = static_cast<int>(detail::ceil_div(plan.windows.queries.size(), Traits::kBlockM));
     const int64_t blocks = p.shape.batch * p.shape.heads * plan.windows.num_windows * plan.blocks_per_window;
     if (blocks == 0) return;
-    const int bytes =
-        static_cast<int>(sizeof(typename Traits::Shared) + sizeof(float) * plan.windows.table_size);
+    constexpr int kBytes = sizeof(typename Traits::Shared);
     for (const auto kernel :
          {window_attention_bwd_keys_kernel<Traits>, window_attention_bwd_queries_kernel<Traits>}) {
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-        kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, bytes, stream>>>(p, plan);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+        kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, kBytes, stream>>>(p, plan);
     }
 }
 

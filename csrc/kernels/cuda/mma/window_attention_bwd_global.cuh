@@ -35,7 +35,7 @@ struct GlobalGradTraits {
 };
 
 template <class Traits, bool kHasDropout>
-__global__ void __launch_bounds__(Traits::kThreads, kHasDropout ? 2 : Traits::kCtasPerSm)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     window_attention_bwd_global_kernel(const __grid_constant__ AttentionParams p) {
     using S = typename Traits::S;
     constexpr int kHeadDim = Traits::kHeadDim, kThreads = Traits::kThreads, kBlockQ = Traits::kBlockQ,
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(Traits::kThreads, kHasDropout ? 2 : Traits::kC
         gather_rows<Gather>(RowTile{stage.output}, output, p.output.token_stride, row_token);
         if (threadIdx.x < kBlockQ) {
             const int token = token_of(threadIdx.x);
-            next_logsumexp = token < 0 ? kInfinity : logsumexp[token] * kLog2e;
+            next_logsumexp = token < 0 ? kInfinity : logsumexp[token];
         }
     };
 
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(Traits::kThreads, kHasDropout ? 2 : Traits::kC
                 static_cast<float*>(p.delta)[bh * tokens + first_query + r] = sum;
         }
         if (threadIdx.x < kBlockQ) {
-            stage.logsumexp[threadIdx.x] = next_logsumexp;
+            stage.logsumexp[threadIdx.x] = next_logsumexp * kLog2e;
             if (excludes) stage.window[threadIdx.x] = window_of(first_query + threadIdx.x);
         }
         publish_tiles();
@@ -184,6 +184,9 @@ __global__ void __launch_bounds__(Traits::kThreads, kHasDropout ? 2 : Traits::kC
                     if (hidden) score[n][e] = -kInfinity;
                 }
         }
+        const auto kept = dropout.template factors<kBlockQ / 8>(
+            [&](int n, int e) { return first_query + 8 * n + pair + e % 2; },
+            [&](int, int e) { return tokens + landmark[e / 2]; });
         uint32_t weight[kBlockQ / 16][4], grad_score[kBlockQ / 16][4];
 #pragma unroll
         for (int n = 0; n < kBlockQ / 8; ++n) {
@@ -194,9 +197,8 @@ __global__ void __launch_bounds__(Traits::kThreads, kHasDropout ? 2 : Traits::kC
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 w[e] = exp2_approx(score[n][e] * scale_log2 + bias[e / 2] - (e % 2 ? lse.y : lse.x));
-                const float kept = dropout.factor(first_query + at + e % 2, tokens + landmark[e / 2]);
-                ds[e] = w[e] * (grad_weight[n][e] * kept - (e % 2 ? delta.y : delta.x));
-                w[e] *= kept;
+                ds[e] = w[e] * (kept(grad_weight[n][e], n, e) - (e % 2 ? delta.y : delta.x));
+                w[e] = kept(w[e], n, e);
             }
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
@@ -242,8 +244,9 @@ void launch_window_attention_bwd_global(const AttentionParams& p, cudaStream_t s
     const int64_t landmark_blocks = detail::max(1, detail::ceil_div(p.num_landmarks, Traits::kBlockC));
     const int64_t blocks = p.shape.batch * p.shape.heads * p.pieces * landmark_blocks;
     if (blocks == 0 || p.shape.geometry.num_tokens() == 0) return;
+    constexpr bool kAlwaysDropout = Traits::kHeadDim == 128;
     auto* const kernel = p.dropout.threshold > 0 ? window_attention_bwd_global_kernel<Traits, true>
-                                                 : window_attention_bwd_global_kernel<Traits, false>;
+                                                 : window_attention_bwd_global_kernel<Traits, kAlwaysDropout>;
     constexpr int kBytes = sizeof(typename Traits::Shared);
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
     kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, kBytes, stream>>>(p);

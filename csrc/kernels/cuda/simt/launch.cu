@@ -28,21 +28,27 @@ __global__ void __launch_bounds__(simt::kThreads)
     }
 }
 
-// One element of [2, D + 3, D] a thread.
+// One element of [2, D + 3, D] a lane; the warps of a block share the summands.
 template <class T>
 __global__ void __launch_bounds__(simt::kThreads)
-    sum_projection_gradients_kernel(const ProjectionGradients p) {
+    sum_projection_gradients_kernel(const __grid_constant__ ProjectionGradients p) {
+    __shared__ T sums[simt::kWarps][simt::kLanes];
     const int64_t size = (p.head_dim + 3) * p.head_dim;
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * simt::kThreads + threadIdx.x;
-    if (i >= 2 * size) return;
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * simt::kLanes + simt::lane();
+    T sum = 0;
+#pragma unroll 8
+    for (int64_t piece = simt::warp(); piece < p.pieces; piece += simt::kWarps)
+        if (i < 2 * size) sum += static_cast<const T*>(p.terms)[piece * 2 * size + i];
+    sums[simt::warp()][simt::lane()] = sum;
+    __syncthreads();
+    if (simt::warp() != 0 || i >= 2 * size) return;
+    for (int warp = 1; warp < simt::kWarps; ++warp) sum += sums[warp][simt::lane()];
+
     const int64_t projection = i / size, row = i % size / p.head_dim, column = i % p.head_dim;
     const ProjectionGradients::Parameter* const parameters[] = {p.bias, p.norm_weight, p.norm_bias};
     const auto& [data, dtype] =
         row < p.head_dim ? p.weight[projection] : parameters[row - p.head_dim][projection];
     if (!data) return;
-    T sum = 0;
-    for (int64_t piece = 0; piece < p.pieces; ++piece)
-        sum += static_cast<const T*>(p.terms)[piece * 2 * size + i];
     const int64_t at = row < p.head_dim ? row * p.head_dim + column : column;
     switch (dtype) {
     case DType::kFloat:
@@ -80,7 +86,7 @@ void chunk_extents(const Geometry& geometry, int64_t batch, const bool* key_padd
 }
 
 void sum_projection_gradients(DType accumulation, const ProjectionGradients& p, cudaStream_t stream) {
-    const int64_t blocks = detail::ceil_div(2 * (p.head_dim + 3) * p.head_dim, simt::kThreads);
+    const int64_t blocks = detail::ceil_div(2 * (p.head_dim + 3) * p.head_dim, simt::kLanes);
     const auto kernel = accumulation == DType::kDouble ? sum_projection_gradients_kernel<double>
                                                        : sum_projection_gradients_kernel<float>;
     simt::launch(kernel, blocks, 0, stream, p);
