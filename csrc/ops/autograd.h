@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
 #include <array>
 #include <string>
 #include <torch/csrc/autograd/custom_function.h>
@@ -152,6 +153,17 @@ class Node<Op, Types<Inputs...>, Types<Options...>>
     }
 };
 
+// Whether a forward has to be recorded; where not, a Node would cost several times the dispatch.
+inline bool is_recorded(const Tensor& tensor) {
+    return tensor.defined() &&
+           ((at::GradMode::is_enabled() && tensor.requires_grad()) || tensor._fw_grad(/*level=*/0).defined());
+}
+inline bool is_recorded(const OptionalTensor& tensor) { return tensor && is_recorded(*tensor); }
+template <class T>
+bool is_recorded(const T&) {
+    return false;
+}
+
 template <class Op, class Signature>
 class BackwardNode;
 
@@ -180,6 +192,10 @@ struct AutogradForward;
 template <class Op, class... Inputs, class... Options>
 struct AutogradForward<Op, Types<Inputs...>, Types<Options...>> {
     static Tensors<Op::kNumOutputs> call(Inputs... inputs, Options... options) {
+        if (!(detail::is_recorded(inputs) || ...) && !(detail::is_recorded(options) || ...)) {
+            const at::AutoDispatchBelowADInplaceOrView below;
+            return forward_op<Op>().call(inputs..., options...);
+        }
         using Node = detail::Node<Op, Types<Inputs...>, Types<Options...>>;
         Tensors<Op::kNumOutputs> outputs;
         const auto differentiable = Node::apply(&outputs, inputs..., options...);

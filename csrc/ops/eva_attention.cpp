@@ -1,5 +1,7 @@
 #include "ops/eva_attention.h"
 
+#include <ATen/ops/as_strided.h>
+
 #include "ops/autocast.h"
 #include "ops/autograd.h"
 #include "ops/schema.h"
@@ -67,6 +69,13 @@ Tensors<12> prepare_eva_attention_backward(const Call& call, const Tensor& grad_
     return std::tuple_cat(std::make_tuple(grad_tokens(0), grad_tokens(1), grad_tokens(2)),
                           empty_weight_gradients(call),
                           std::make_tuple(empty_gradient(query, call.attention.relative_bias)));
+}
+
+Tensor unpack(const Tensor& qkv, int64_t i) { // one view instead of a select's and a transpose's
+    const auto sizes = qkv.sym_sizes(), strides = qkv.sym_strides();
+    return at::as_strided_symint(qkv, {sizes[0], sizes[3], sizes[1], sizes[4]},
+                                 {strides[0], strides[3], strides[1], strides[4]},
+                                 qkv.sym_storage_offset() + strides[2] * i);
 }
 
 void set_qkv(Call& call, const Tensor& qkv) {

@@ -66,7 +66,7 @@ Tensors<12> prepare_eva_attention_backward(const Call& call, const Tensor& grad_
                                            const Tensors<6>& outputs,
                                            const OptionalTensor& grad_qkv = std::nullopt);
 // Element i of a packed projection [B, N, 3, H, D] as [B, H, N, D].
-inline Tensor unpack(const Tensor& qkv, int64_t i) { return qkv.select(2, i).transpose(1, 2); }
+Tensor unpack(const Tensor& qkv, int64_t i);
 void set_qkv(Call& call, const Tensor& qkv);
 
 // The ops of a backend from Forward(call, outputs) and Backward(call, grad_output, outputs, gradients).
