@@ -12,8 +12,20 @@ constexpr int64_t kPrefixBlock = 256;    // keys that prefix queries take at a t
 // A list of tokens with their places in the bias table.
 struct TokenList {
     int32_t* token;
-    int32_t* place; // y * bias_width + x
+    int32_t* place; // y * bias_width + x, ascending
     int64_t size = 0;
+
+    // Calls body(j, place of token j) for the first `count`; where places lie side by side, in a way that
+    // compilers make vectors of.
+    template <class Body>
+    void for_places(int64_t count, Body body) const {
+        const int64_t first = size > 0 ? place[0] : 0;
+        if (size > 0 && place[size - 1] - first == size - 1) {
+            for (int64_t j = 0; j < count; ++j) body(j, first + j);
+        } else {
+            for (int64_t j = 0; j < count; ++j) body(j, place[j]);
+        }
+    }
 };
 
 // Is the weight of (query, entry) kept?
@@ -247,8 +259,8 @@ class WindowAttention : AttentionTile<S, T> {
             prefetch_window({&p.query, &p.key, &p.value, &p.output}, window + 1);
             for_queries(true, [&](int64_t i, int64_t rows) {
                 const int32_t* list = queries.token + i;
+                const int64_t columns = globals + count_visible(i, rows);
                 build_init(g.window_box(window), g.key_box(window), i, rows);
-                const int64_t columns = globals + keys.size;
                 product<T>(rows, columns, head_dim, query, ld, 1, key_t, ld_score, score, ld_score, init,
                            ld_score);
                 softmax(list, rows, columns);
@@ -380,6 +392,21 @@ class WindowAttention : AttentionTile<S, T> {
         }
     }
 
+    // How many of the keys the queries [first, first + rows) see: those up to the last one's own, if causal.
+    int64_t count_visible(int64_t first, int64_t rows) const {
+        if (!g.is_causal) return keys.size;
+        const int32_t last_query = queries.token[first + rows - 1];
+        int64_t count = 0, end = keys.size;
+        while (count < end) {
+            const int64_t middle = (count + end) / 2;
+            if (keys.token[middle] <= last_query)
+                count = middle + 1;
+            else
+                end = middle;
+        }
+        return count;
+    }
+
     // What the scores of queries [first, first + rows) of a window start from, with the keys of a box. Boxes
     // of the same shape share it.
     void build_init(const Box& window, const Box& box, int64_t first, int64_t rows) {
@@ -392,6 +419,8 @@ class WindowAttention : AttentionTile<S, T> {
             init_shape = {};
         }
         const int64_t center = (g.bias_height / 2) * g.bias_width + g.bias_width / 2;
+        const int64_t columns = globals + count_visible(first, rows);
+        const int64_t end = whole_vectors<T>(whole_vectors<T>(columns) - globals);
         for (int64_t r = 0; r < rows; ++r) {
             T* target = init + r * ld_score;
             const int32_t token = queries.token[first + r];
@@ -400,11 +429,12 @@ class WindowAttention : AttentionTile<S, T> {
                 for (int64_t c = token / g.chunk_width; c < landmarks; ++c) target[c] = -infinity<T>();
             target += globals;
             const T* const entry = bias ? bias + center - queries.place[first + r] : nullptr;
-            for (int64_t j = 0; j < keys.size; ++j) target[j] = entry ? entry[keys.place[j]] : T(0);
-            if (g.is_causal)
-                for (int64_t j = 0; j < keys.size; ++j)
-                    if (keys.token[j] > token) target[j] = -infinity<T>();
-            for (int64_t j = keys.size; j < ld_score - globals; ++j) target[j] = -infinity<T>();
+            const int64_t visible = count_visible(first + r, 1);
+            if (entry)
+                keys.for_places(visible, [=](int64_t j, int64_t place) { target[j] = entry[place]; });
+            else
+                zero(target, visible);
+            for (int64_t j = visible; j < end; ++j) target[j] = -infinity<T>();
         }
     }
 
@@ -453,17 +483,25 @@ class WindowAttention : AttentionTile<S, T> {
                    add ? key : nullptr, ld_out);
     }
 
+    // The share of the tile from query `first` on in the gradients of the first `visible` keys; the first
+    // tile of a window begins the sums.
+    void add_own_gradients(int64_t first, int64_t rows, int64_t visible, T* key, T* value) {
+        key_gradients(rows, globals, visible, key, value, ld, first > 0);
+        if (first > 0) return;
+        zero(key + visible * ld, (keys.size - visible) * ld);
+        zero(value + visible * ld, (keys.size - visible) * ld);
+    }
+
     // Gradients of the window's queries, of the global columns and, where no windows overlap, of the keys.
     void query_pass(int64_t window, T* bias_out) {
         start_window(window);
         load_keys(g.key_box(window));
         for_queries(true, [&](int64_t i, int64_t rows) {
             build_init(g.window_box(window), g.key_box(window), i, rows);
-            const int64_t columns = globals + keys.size;
+            const int64_t visible = count_visible(i, rows), columns = globals + visible;
             backward_scores(queries.token + i, rows, 0, columns, true);
             key_gradients(rows, 0, globals, grad_global_key, grad_global_value, padded(head_dim), true);
-            if (!g.windows_overlap())
-                key_gradients(rows, globals, keys.size, grad_key, grad_value, ld, i > 0);
+            if (!g.windows_overlap()) add_own_gradients(i, rows, visible, grad_key, grad_value);
             if (bias_out) add_bias_gradient(i, rows, bias_out);
             T* const grad_query = query; // of no use any more
             product<T>(rows, head_dim, columns, grad_score, ld_score, 1, key_rows, ld, grad_query, ld,
@@ -479,9 +517,8 @@ class WindowAttention : AttentionTile<S, T> {
         for (int64_t r = 0; r < rows; ++r) {
             T* const entry = center - queries.place[first + r];
             const T* from = grad_score + r * ld_score + globals;
-            const int32_t token = queries.token[first + r];
-            for (int64_t j = 0; j < keys.size; ++j)
-                if (!g.is_causal || keys.token[j] <= token) entry[keys.place[j]] += from[j];
+            const int64_t visible = count_visible(first + r, 1);
+            keys.for_places(visible, [=](int64_t j, int64_t place) { entry[place] += from[j]; });
         }
     }
 
@@ -501,8 +538,9 @@ class WindowAttention : AttentionTile<S, T> {
                 if (queries.size == 0 || keys.size == 0) continue;
                 for_queries(false, [&](int64_t i, int64_t rows) {
                     build_init(g.window_box(other), seen, i, rows);
-                    backward_scores(queries.token + i, rows, globals, keys.size, false);
-                    key_gradients(rows, globals, keys.size, grad_seen_key, grad_seen_value, ld, i > 0);
+                    const int64_t visible = count_visible(i, rows);
+                    backward_scores(queries.token + i, rows, globals, visible, false);
+                    add_own_gradients(i, rows, visible, grad_seen_key, grad_seen_value);
                 });
                 for (int64_t j = 0, at = 0; j < keys.size; ++j) {
                     while (own.token[at] != keys.token[j]) ++at;
