@@ -20,7 +20,8 @@ cpp_files = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -
 
 .PHONY: demo test sanitize lint format clean
 
-demo: $(built)
+# Runs on the CPU: without CUDA, unless that is built already, it starts minutes sooner.
+demo: $(or $(wildcard $(built)),$(built)-cpu)
 	$(python) -m examples.demo
 
 test: $(built) lint
@@ -48,9 +49,10 @@ format: $(tools)
 	clang-format -i $(cpp_files)
 
 clean:
-	rm -rf build dist *.egg-info eva_attn/_C.*.so eva_attn/_C.*.json .hypothesis .mypy_cache .pytest_cache .ruff_cache $(built)
+	rm -rf build dist *.egg-info eva_attn/_C.*.so eva_attn/_C.*.json .hypothesis .mypy_cache .pytest_cache .ruff_cache $(built) $(built)-cpu
 
-$(built): $(base) $(shell find csrc build_backend -type f) setup.py pyproject.toml
+$(built)-cpu: export EVA_ATTN_CUDA := 0
+$(built) $(built)-cpu: $(base) $(shell find csrc build_backend -type f) setup.py pyproject.toml
 	$(install) --no-build-isolation --no-deps --editable .
 	@cd .venv && bin/python -c 'import eva_attn; print(eva_attn.build_info())'
 	@touch $@

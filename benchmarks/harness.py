@@ -177,7 +177,10 @@ def forward_and_backward(function: Callable[[], Tensor], leaves: list[Tensor]) -
 
 def roofline(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """The machine's limits with the threads set now: matrix product, and copy counted as read and written."""
-    n = 2048 if device.type == "cpu" else 8192
+    if device.type == "cpu":
+        n, dtype = 2048, torch.float32  # what the kernels convert half precision to
+    else:
+        n = 8192
     a, b, out = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
     source, target = (torch.ones(_CACHE_BYTES // 8, dtype=torch.int32, device=device) for _ in range(2))
     calls: dict[str, Call] = {

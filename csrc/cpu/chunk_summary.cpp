@@ -17,6 +17,7 @@ Summary::Summary(const Call& call, const Geometry& geometry, const Tensor& key_m
       query_mean_(query_mean.contiguous()),
       params_{
           .shape = shape_of(call, geometry),
+          .first_head = 0,
           .query = rows(call.query),
           .key = rows(call.key),
           .value = rows(call.value),
@@ -59,7 +60,7 @@ Stage Summary::forward(const Tensor& landmark_key, const Tensor& landmark_value)
 
 Stage Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landmark_value) {
     const Shape& shape = params_.shape;
-    const int64_t heads = shape.batch * shape.heads, num_rows = heads * shape.geometry.num_chunks();
+    const int64_t heads = grad_landmark_key.size(0), num_rows = heads * shape.geometry.num_chunks();
     const int64_t width = padded(shape.head_dim);
     const auto options = key_mean_.options();
     for (Tensor* tensor : {&omega_, &grad_beta_, &grad_key_mean_, &grad_query_mean_})
@@ -69,6 +70,9 @@ Stage Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_land
         grad_key_linear_ = at::empty({num_rows, width}, options);
         grad_query_linear_ = at::empty({num_rows, width}, options);
         grad_vectors_ = at::empty({heads * tasks_per_head(), 6, width}, options);
+        grad_key_weight_ = at::zeros({shape.head_dim, width}, options);
+        grad_query_weight_ = at::zeros({shape.head_dim, width}, options);
+        grad_vectors_sum_ = at::zeros({6, width}, options);
     }
 
     params_.grad_landmark_key = data(grad_landmark_key);
@@ -91,6 +95,7 @@ Stage Summary::add_to_tokens(const Tensor& grad_query, const Tensor& grad_key, c
     const Geometry& geometry = params_.shape.geometry;
     terms_ = TermsParams{
         .shape = params_.shape,
+        .first_head = params_.first_head,
         .key = params_.key,
         .key_padding_mask = params_.key_padding_mask,
         .omega = params_.omega,
@@ -107,40 +112,47 @@ Stage Summary::add_to_tokens(const Tensor& grad_query, const Tensor& grad_key, c
                  kernels_.terms_scratch(terms_));
 }
 
+void Summary::add_to_weights(int64_t heads) const {
+    if (!params_.has_projection) return;
+    add_in_order(grad_vectors_sum_, grad_vectors_.narrow(0, 0, heads * tasks_per_head()));
+    add_to_weight(grad_key_weight_, grad_key_linear_, key_mean_, heads);
+    if (params_.has_query_projection)
+        add_to_weight(grad_query_weight_, grad_query_linear_, query_mean_, heads);
+}
+
+void Summary::add_to_weight(const Tensor& grad_weight, const Tensor& grad_linear, const Tensor& mean,
+                            int64_t heads) const {
+    const int64_t head_dim = params_.shape.head_dim;
+    const Tensor rows = pad_rows(mean.flatten(0, 1).narrow(0, params_.first_head, heads));
+    const WeightGradParams params{
+        .rows = heads * params_.shape.geometry.num_chunks(),
+        .head_dim = head_dim,
+        .grad_linear = data(grad_linear),
+        .mean = data(rows),
+        .grad_weight = data(grad_weight),
+    };
+    at::parallel_for(0, detail::ceil_div(head_dim, kWeightRowsPerTask), 1,
+                     [&](int64_t begin, int64_t end) { kernels_.weight_grad(params, begin, end); });
+}
+
 void Summary::weight_gradients(const Tensors<8>& grad_weights) const {
     if (!params_.has_projection) return;
-    const Tensor vectors = sum_in_order(grad_vectors_).narrow(1, 0, params_.shape.head_dim); // [6, D]
+    const int64_t head_dim = params_.shape.head_dim;
+    const Tensor vectors = grad_vectors_sum_.narrow(1, 0, head_dim); // [6, D]
     const auto& [key_weight, key_bias, key_norm_weight, key_norm_bias, query_weight, query_bias,
                  query_norm_weight, query_norm_bias] = grad_weights;
     const auto copy = [&](const Tensor& gradient, const Tensor& given, int64_t vector) {
         if (given.defined()) gradient.copy_(vectors[vector]);
     };
-    weight_gradient(grad_key_linear_, key_mean_, key_weight);
+    key_weight.copy_(grad_key_weight_.narrow(1, 0, head_dim));
     copy(key_bias, key_projection_.bias, 0);
     copy(key_norm_weight, key_projection_.norm_weight, 1);
     copy(key_norm_bias, key_projection_.norm_bias, 2);
     if (!params_.has_query_projection) return;
-    weight_gradient(grad_query_linear_, query_mean_, query_weight);
+    query_weight.copy_(grad_query_weight_.narrow(1, 0, head_dim));
     copy(query_bias, query_projection_.bias, 3);
     copy(query_norm_weight, query_projection_.norm_weight, 4);
     copy(query_norm_bias, query_projection_.norm_bias, 5);
-}
-
-void Summary::weight_gradient(const Tensor& grad_linear, const Tensor& mean,
-                              const Tensor& grad_weight) const {
-    const int64_t head_dim = params_.shape.head_dim;
-    const Tensor padded_mean = pad_rows(mean);
-    const Tensor result = at::empty({head_dim, padded(head_dim)}, mean.options());
-    const WeightGradParams params{
-        .rows = grad_linear.size(0),
-        .head_dim = head_dim,
-        .grad_linear = data(grad_linear),
-        .mean = data(padded_mean),
-        .grad_weight = data(result),
-    };
-    at::parallel_for(0, detail::ceil_div(head_dim, kWeightRowsPerTask), 1,
-                     [&](int64_t begin, int64_t end) { kernels_.weight_grad(params, begin, end); });
-    grad_weight.copy_(result.narrow(1, 0, head_dim));
 }
 
 namespace {
@@ -172,6 +184,7 @@ void backward(const Call& call, const OptionalTensor& grad_landmark_key,
     run({summary.backward(landmark_key_terms, landmark_value_terms),
          summary.add_to_tokens(grad_query, grad_key, grad_value)},
         heads);
+    summary.add_to_weights(heads);
     summary.weight_gradients({w0, w1, w2, w3, w4, w5, w6, w7});
 }
 

@@ -10,24 +10,28 @@ class Summary {
     Summary(const Call& call, const Geometry& geometry, const Tensor& key_mean, const Tensor& query_mean);
 
     Stage forward(const Tensor& landmark_key, const Tensor& landmark_value);
-    // Landmark gradients [B H, pieces, at least C, padded D].
+    // Landmark gradients [heads, pieces, at least C, padded D], of `heads` of all B H at once.
     Stage backward(const Tensor& grad_landmark_key, const Tensor& grad_landmark_value);
     // After it: adds what the tokens' gradients get from their chunks'.
     Stage add_to_tokens(const Tensor& grad_query, const Tensor& grad_key, const Tensor& grad_value);
-    // Once backward has run: writes the gradients of the weights.
+    void start_at(int64_t first_head) { params_.first_head = terms_.first_head = first_head; }
+    // Once backward has run for that many heads: adds their share to the gradients of the weights.
+    void add_to_weights(int64_t heads) const;
     void weight_gradients(const Tensors<8>& grad_weights) const;
 
   private:
     int64_t tasks_per_head() const {
         return detail::ceil_div(params_.shape.geometry.num_chunks(), kChunksPerTask);
     }
-    void weight_gradient(const Tensor& grad_linear, const Tensor& mean, const Tensor& grad_weight) const;
+    void add_to_weight(const Tensor& grad_weight, const Tensor& grad_linear, const Tensor& mean,
+                       int64_t heads) const;
 
     const Kernels& kernels_;
     ProjectionTensors key_projection_, query_projection_;
     Tensor mask_, noise_, key_mean_, query_mean_;
     Tensor omega_, grad_beta_, grad_key_mean_, grad_query_mean_, member_terms_;
     Tensor grad_key_linear_, grad_query_linear_, grad_vectors_;
+    Tensor grad_key_weight_, grad_query_weight_, grad_vectors_sum_;
     SummaryParams params_;
     TermsParams terms_{};
 };

@@ -1,5 +1,7 @@
 #include "ops/eva_attention.h"
 
+#include <algorithm>
+
 #include "cpu/chunk_summary.h"
 #include "cpu/window_attention.h"
 
@@ -25,10 +27,17 @@ void backward(const Call& call, const Tensor& grad_output, const Tensors<6>& out
     Attention attention(call, geometry, landmark_key, landmark_value, output, logsumexp);
     Summary summary(call, geometry, key_mean, query_mean);
     std::vector<Stage> stages;
-    attention.backward(stages, grad_output, grad_query, grad_key, grad_value);
+    const int64_t heads = call.query.size(0) * call.query.size(1), at_once = heads_at_once(heads);
+    attention.backward(stages, grad_output, grad_query, grad_key, grad_value, at_once);
     stages.push_back(summary.backward(attention.grad_global_key(), attention.grad_global_value()));
     stages.push_back(summary.add_to_tokens(grad_query, grad_key, grad_value));
-    run(stages, call.query.size(0) * call.query.size(1));
+    for (int64_t first = 0; first < heads; first += at_once) {
+        const int64_t count = std::min(at_once, heads - first);
+        attention.start_at(first);
+        summary.start_at(first);
+        run(stages, count);
+        summary.add_to_weights(count);
+    }
     summary.weight_gradients({w0, w1, w2, w3, w4, w5, w6, w7});
     attention.relative_bias_gradient(grad_relative_bias);
 }

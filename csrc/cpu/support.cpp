@@ -28,6 +28,7 @@ const Kernels& kernels_for(at::ScalarType dtype) {
 Tensor pad_rows(const Tensor& tensor) {
     std::vector<int64_t> shape = tensor.sizes().vec();
     const int64_t head_dim = shape.back();
+    if (head_dim == padded(head_dim)) return tensor.contiguous();
     shape.back() = padded(head_dim);
     const Tensor result = at::zeros(shape, tensor.options());
     result.narrow(-1, 0, head_dim).copy_(tensor);
@@ -82,9 +83,13 @@ Tensor chunk_extents(const Shape& shape, const Tensor& mask) {
     return result;
 }
 
+void add_in_order(const Tensor& sum, const Tensor& terms) {
+    for (int64_t i = 0; i < terms.size(0); ++i) sum.add_(terms.select(0, i));
+}
+
 Tensor sum_in_order(const Tensor& terms) {
     const Tensor sum = at::zeros(terms.sizes().slice(1), terms.options());
-    for (int64_t i = 0; i < terms.size(0); ++i) sum.add_(terms.select(0, i));
+    add_in_order(sum, terms);
     return sum;
 }
 
@@ -107,5 +112,7 @@ void run(const std::vector<Stage>& stages, int64_t heads) {
             stage.kernel(begin, end, static_cast<char*>(scratch.get()));
         });
 }
+
+int64_t heads_at_once(int64_t heads) { return std::min<int64_t>(heads, 8 * at::get_num_threads()); }
 
 } // namespace eva_attn::cpu

@@ -11,7 +11,7 @@ namespace eva_attn::cpu {
 
 const Kernels& kernels_for(at::ScalarType dtype);
 
-// Rows [..., D] to [..., padded(D)], zeros behind.
+// Rows [..., D] to [..., padded(D)], zeros behind; the tensor itself where it has them.
 Tensor pad_rows(const Tensor& tensor);
 
 // What a Projection points into.
@@ -23,7 +23,8 @@ Projection projection(const ProjectionTensors& tensors);
 
 // int32 [B or 1, C, 4]; `mask` is bool [B, N], contiguous, or undefined.
 Tensor chunk_extents(const Shape& shape, const Tensor& mask);
-// The sum along dimension 0, always in the same order.
+// Adds the terms along dimension 0, always in the same order.
+void add_in_order(const Tensor& sum, const Tensor& terms);
 Tensor sum_in_order(const Tensor& terms);
 
 // A kernel with its params: tasks for each (batch, head) in turn, and the scratch that a thread needs.
@@ -40,8 +41,10 @@ Stage stage(void (*kernel)(const Params&, int64_t, int64_t, char*), const Params
             tasks_per_head, scratch};
 }
 
-// Runs stages one after another; head by head where there are many, so that a stage finds in cache what the
-// one before has read.
+// Runs stages one after another for as many (batch, head)s; head by head where there are many, so that a
+// stage finds in cache what the one before has read.
 void run(const std::vector<Stage>& stages, int64_t heads);
+// Heads that a backward takes at once: enough for all threads, and few, as memory grows with them.
+int64_t heads_at_once(int64_t heads);
 
 } // namespace eva_attn::cpu

@@ -10,7 +10,7 @@ namespace eva_attn::cpu {
 namespace {
 
 // Enough tasks for the threads of a large machine; of the shape alone, so that results are too.
-constexpr int64_t kTasks = 16;
+constexpr int64_t kTasks = 8;
 
 int64_t count_pieces(const Shape& shape) {
     const int64_t wanted = detail::ceil_div(kTasks, std::max<int64_t>(shape.batch * shape.heads, 1));
@@ -36,6 +36,7 @@ Attention::Attention(const Call& call, const Geometry& geometry, const OptionalT
     const bool one_bias = relative_bias_.defined() && relative_bias_.size(0) == 1;
     params_ = AttentionParams{
         .shape = shape,
+        .first_head = 0,
         .query = rows(call.query),
         .key = rows(call.key),
         .value = rows(call.value),
@@ -73,11 +74,10 @@ void Attention::forward(std::vector<Stage>& stages) const {
 }
 
 void Attention::backward(std::vector<Stage>& stages, const Tensor& grad_output, const Tensor& grad_query,
-                         const Tensor& grad_key, const Tensor& grad_value) {
+                         const Tensor& grad_key, const Tensor& grad_value, int64_t heads) {
     const Shape& shape = params_.shape;
     const Geometry& geometry = shape.geometry;
     const auto options = logsumexp_.options();
-    const int64_t heads = shape.batch * shape.heads;
     const int64_t globals = params_.num_landmarks + geometry.num_prefix_tokens;
     grad_global_key_ = at::empty({heads, params_.pieces, globals, padded(shape.head_dim)}, options);
     grad_global_value_ = at::empty_like(grad_global_key_);
@@ -125,8 +125,9 @@ void backward(const Call& call, const Tensor& grad_output, const Tensors<2>& out
     const Geometry geometry = concrete(call.geometry);
     Attention attention(call, geometry, call.landmark_key, call.landmark_value, output, logsumexp);
     std::vector<Stage> stages;
-    attention.backward(stages, grad_output, grad_query, grad_key, grad_value);
-    run(stages, call.query.size(0) * call.query.size(1));
+    const int64_t heads = call.query.size(0) * call.query.size(1);
+    attention.backward(stages, grad_output, grad_query, grad_key, grad_value, heads);
+    run(stages, heads);
     attention.relative_bias_gradient(grad_relative_bias);
 
     const auto sum_pieces = [&](const Tensor& terms, const Tensor& gradient) {

@@ -12,10 +12,11 @@ class Attention {
               const OptionalTensor& landmark_value, const Tensor& output, const Tensor& logsumexp);
 
     void forward(std::vector<Stage>& stages) const;
-    // Gradients of the tokens, and of landmarks and prefix keys:
+    // Gradients of the tokens, and of landmarks and prefix keys, of `heads` of all B H at once:
     void backward(std::vector<Stage>& stages, const Tensor& grad_output, const Tensor& grad_query,
-                  const Tensor& grad_key, const Tensor& grad_value);
-    // [B H, pieces, C + P, padded D], the landmarks' rows first.
+                  const Tensor& grad_key, const Tensor& grad_value, int64_t heads);
+    void start_at(int64_t first_head) { params_.first_head = first_head; }
+    // [heads, pieces, C + P, padded D], the landmarks' rows first.
     const Tensor& grad_global_key() const { return grad_global_key_; }
     const Tensor& grad_global_value() const { return grad_global_value_; }
     // Once backward has run.

@@ -129,17 +129,22 @@ inline void make_omega(const SummaryParams& p, bool has_mu, int64_t chunk_index,
 }
 
 struct ChunkGroup {
-    int64_t batch, head, first, count, index; // index: of the first chunk among all B H C
+    int64_t batch, head, first, count;
+    int64_t local_head; // counted from first_head
+    int64_t index;      // of the first chunk among all B H C
+    int64_t local;      // the same from first_head on
 
-    ChunkGroup(const Shape& shape, int64_t task) {
+    ChunkGroup(const Shape& shape, int64_t first_head, int64_t task) {
         const int64_t chunks = shape.geometry.num_chunks();
         const int64_t groups = detail::ceil_div(chunks, kChunksPerTask);
-        const int64_t bh = task / groups;
+        local_head = task / groups;
+        const int64_t bh = first_head + local_head;
         batch = bh / shape.heads;
         head = bh % shape.heads;
         first = task % groups * kChunksPerTask;
         count = detail::min(kChunksPerTask, chunks - first);
         index = bh * chunks + first;
+        local = local_head * chunks + first;
     }
 };
 
@@ -174,7 +179,7 @@ void chunk_summary_fwd(const SummaryParams& p, int64_t begin, int64_t end, char*
     const int64_t head_dim = p.shape.head_dim, ld = s.ld;
     const bool has_mu = !p.has_projection || p.has_query_projection;
     for (int64_t task = begin; task < end; ++task) {
-        const ChunkGroup group(p.shape, task);
+        const ChunkGroup group(p.shape, p.first_head, task);
         const auto row = [&](const Rows& rows, int64_t j) {
             return view_row<S, T>(rows, group.batch, group.head, s.members.token[j], head_dim, s.row);
         };
@@ -265,8 +270,7 @@ void chunk_summary_bwd(const SummaryParams& p, int64_t begin, int64_t end, char*
     const bool has_mu = !p.has_projection || p.has_query_projection;
     const auto rows_of = [&](void* rows, int64_t index) { return static_cast<T*>(rows) + index * ld; };
     for (int64_t task = begin; task < end; ++task) {
-        const ChunkGroup group(p.shape, task);
-        const int64_t bh = group.batch * p.shape.heads + group.head;
+        const ChunkGroup group(p.shape, p.first_head, task);
         const auto row = [&](const Rows& rows, int64_t j) {
             return view_row<S, T>(rows, group.batch, group.head, s.members.token[j], head_dim, s.row);
         };
@@ -290,15 +294,16 @@ void chunk_summary_bwd(const SummaryParams& p, int64_t begin, int64_t end, char*
         zero(grad_query, group.count * ld);
         for (int64_t i = 0; i < group.count; ++i) {
             prefetch_chunk<S>({&p.key, &p.value}, p.shape, group, i + 2);
-            T* grad_beta = rows_of(p.grad_beta, group.index + i);
+            T* grad_beta = rows_of(p.grad_beta, group.local + i);
             zero(grad_beta, ld);
             for (int64_t piece = 0; piece < p.pieces; ++piece) {
-                const int64_t at = bh * p.head_piece_stride + piece * p.piece_stride + (group.first + i) * ld;
+                const int64_t at =
+                    group.local_head * p.head_piece_stride + piece * p.piece_stride + (group.first + i) * ld;
                 add_scaled(grad_key + i * ld, T(1), static_cast<const T*>(p.grad_landmark_key) + at,
                            head_dim);
                 add_scaled(grad_beta, T(1), static_cast<const T*>(p.grad_landmark_value) + at, head_dim);
             }
-            T* omega = rows_of(p.omega, group.index + i);
+            T* omega = rows_of(p.omega, group.local + i);
             make_omega(p, has_mu, group.index + i, s.landmark_key + i * ld, s.landmark_query + i * ld, omega);
             s.members.list(g, p.key_padding_mask, group.batch, group.first + i);
             s.divisor[i] = mean_divisor<T>(p, s.members.size);
@@ -308,7 +313,7 @@ void chunk_summary_bwd(const SummaryParams& p, int64_t begin, int64_t end, char*
                 s.grad_p[j] = exact_dot(grad_beta, row(p.value, j), head_dim);
                 expectation += s.weights[j] * s.grad_p[j];
             }
-            T* terms = static_cast<T*>(p.member_terms) + (group.index + i) * member_stride;
+            T* terms = static_cast<T*>(p.member_terms) + (group.local + i) * member_stride;
             T* grad_omega = s.beta;
             zero(grad_omega, ld);
             for (int64_t j = 0; j < s.members.size; ++j) {
@@ -327,9 +332,9 @@ void chunk_summary_bwd(const SummaryParams& p, int64_t begin, int64_t end, char*
         const auto finish = [&](const Projection& a, const T* hat, const T* rstd, const T* grad, void* linear,
                                 T* sums, void* mean_out) {
             project_backward(a, p.has_projection, group.count, head_dim, ld, hat, rstd, grad,
-                             rows_of(linear, group.index), sums, s.grad_mean);
+                             rows_of(linear, group.local), sums, s.grad_mean);
             for (int64_t i = 0; i < group.count; ++i) {
-                T* out = rows_of(mean_out, group.index + i);
+                T* out = rows_of(mean_out, group.local + i);
                 for (int64_t d = 0; d < ld; ++d)
                     out[d] = d < head_dim ? s.grad_mean[i * ld + d] / s.divisor[i] : T(0);
             }
@@ -340,7 +345,7 @@ void chunk_summary_bwd(const SummaryParams& p, int64_t begin, int64_t end, char*
             finish(p.query_projection, s.query_hat, s.query_rstd, grad_query, p.grad_query_linear,
                    vectors + 3 * ld, p.grad_query_mean);
         else
-            zero(rows_of(p.grad_query_mean, group.index), group.count * ld);
+            zero(rows_of(p.grad_query_mean, group.local), group.count * ld);
     }
 }
 
@@ -359,7 +364,8 @@ void chunk_terms(const TermsParams& p, int64_t begin, int64_t end, char* scratch
     T* const key_row = reinterpret_cast<T*>(scratch);
     T *const grad_query = key_row + ld, *const grad_key = grad_query + ld, *const grad_value = grad_key + ld;
     for (int64_t task = begin; task < end; ++task) {
-        const int64_t bh = task / tasks, batch = bh / p.shape.heads, head = bh % p.shape.heads;
+        const int64_t local_head = task / tasks, bh = p.first_head + local_head;
+        const int64_t batch = bh / p.shape.heads, head = bh % p.shape.heads;
         const int64_t first = task % tasks * kTokensPerTask;
         for (int64_t i = first; i < detail::min(first + kTokensPerTask, positions); ++i) {
             const int64_t y = i / g.grid_width, x = i % g.grid_width, token = g.token(y, x);
@@ -374,7 +380,8 @@ void chunk_terms(const TermsParams& p, int64_t begin, int64_t end, char* scratch
             const Box chunks = g.chunks_of(y, x);
             for (int64_t cy = chunks.y0; cy < chunks.y1; ++cy)
                 for (int64_t cx = chunks.x0; cx < chunks.x1; ++cx) {
-                    const int64_t chunk = cy * g.chunk_columns() + cx, index = bh * g.num_chunks() + chunk;
+                    const int64_t chunk = cy * g.chunk_columns() + cx;
+                    const int64_t index = local_head * g.num_chunks() + chunk;
                     const Box box = g.chunk_box(chunk);
                     const int64_t place = (y - box.y0) * box.width() + x - box.x0;
                     const T* terms = static_cast<const T*>(p.member_terms) + 2 * (index * size + place);
@@ -397,7 +404,7 @@ void chunk_terms(const TermsParams& p, int64_t begin, int64_t end, char* scratch
     }
 }
 
-// Rows of the Linear's weight gradient; summed in blocks, which bounds the rounding error.
+// Rows of the Linear's weight gradient; in blocks, whose rows stay in cache.
 template <class T>
 void weight_grad(const WeightGradParams& p, int64_t begin, int64_t end) {
     constexpr int64_t kBlock = 512;
@@ -405,7 +412,6 @@ void weight_grad(const WeightGradParams& p, int64_t begin, int64_t end) {
     const int64_t first = begin * kWeightRowsPerTask;
     const int64_t last = detail::min(end * kWeightRowsPerTask, p.head_dim);
     T* const out = static_cast<T*>(p.grad_weight) + first * ld;
-    zero(out, (last - first) * ld);
     for (int64_t k = 0; k < p.rows; k += kBlock)
         product<T>(last - first, p.head_dim, detail::min(kBlock, p.rows - k),
                    static_cast<const T*>(p.grad_linear) + k * ld + first, 1, ld,

@@ -25,6 +25,7 @@ struct Projection {
 
 struct SummaryParams {
     Shape shape;
+    int64_t first_head;           // task 0 is of this one of all B H
     Rows query, key, value;       // in
     const bool* key_padding_mask; // [B, N] or null
     const void* noise;            // T [B, H, C, D] or null
@@ -38,19 +39,20 @@ struct SummaryParams {
     void* landmark_value; // S [B, H, C, D], forward only
     void* key_mean;       // T [B, H, C, D]
     void* query_mean;     // T [B, H, C, D], unused where mu = 0
-    // backward, in: landmark gradients as `pieces` summands of stride `piece_stride`
-    const void* grad_landmark_key;   // T [B H, pieces, C, padded D]
-    const void* grad_landmark_value; // T [B H, pieces, C, padded D]
+    // backward works on `heads` of all B H at once, from first_head on
+    // in: landmark gradients as `pieces` summands of stride `piece_stride`
+    const void* grad_landmark_key;   // T [heads, pieces, C, padded D]
+    const void* grad_landmark_value; // T [heads, pieces, C, padded D]
     int64_t pieces, piece_stride, head_piece_stride;
-    // backward, out: what each member token needs of its chunk
-    void* omega;           // T [B H C, padded D]
-    void* grad_beta;       // T [B H C, padded D]
-    void* grad_key_mean;   // T [B H C, padded D], divided by the mean's divisor
-    void* grad_query_mean; // T [B H C, padded D], likewise
-    void* member_terms;    // T [B H C, tokens of a chunk, 2]: p_j and the gradient of omega.k_j
-    // backward, out: for the projections' gradients
-    void* grad_key_linear;   // T [B H C, padded D]: gradient of the Linear's output
-    void* grad_query_linear; // T [B H C, padded D]
+    // out: what each member token needs of its chunk
+    void* omega;           // T [heads C, padded D]
+    void* grad_beta;       // T [heads C, padded D]
+    void* grad_key_mean;   // T [heads C, padded D], divided by the mean's divisor
+    void* grad_query_mean; // T [heads C, padded D], likewise
+    void* member_terms;    // T [heads C, tokens of a chunk, 2]: p_j and the gradient of omega.k_j
+    // out: for the projections' gradients
+    void* grad_key_linear;   // T [heads C, padded D]: gradient of the Linear's output
+    void* grad_query_linear; // T [heads C, padded D]
     void* grad_vectors;      // T [tasks, 6, padded D]: key bias, norm weight, norm bias; the query's
 };
 
@@ -65,6 +67,7 @@ constexpr int64_t kChunksPerTask = 32;
 
 struct AttentionParams {
     Shape shape;
+    int64_t first_head;                // task 0 is of this one of all B H
     Rows query, key, value;            // in
     int64_t num_landmarks;             // 0: window only
     Rows landmark_key, landmark_value; // in
@@ -83,14 +86,15 @@ struct AttentionParams {
     // backward
     Rows grad_output;                      // in
     Rows grad_query, grad_key, grad_value; // out
-    void* grad_global_key;                 // T [B H, pieces, C + P, padded D], of landmarks and prefix keys
-    void* grad_global_value;               // T [B H, pieces, C + P, padded D]
+    void* grad_global_key;                 // T [heads, pieces, C + P, padded D], of landmarks and prefix keys
+    void* grad_global_value;               // T [heads, pieces, C + P, padded D]
     void* grad_relative_bias;              // T [B H, pieces, bias_height * bias_width] or null
 };
 
 // What each token's gradients get from its chunks', from the results of the summaries' backward.
 struct TermsParams {
     Shape shape;
+    int64_t first_head;           // task 0 is of this one of all B H
     Rows key;                     // in
     const bool* key_padding_mask; // [B, N] or null
     const void* omega;
@@ -103,7 +107,7 @@ struct TermsParams {
 
 constexpr int64_t kTokensPerTask = 256;
 
-// weight gradient[m, n] = sum_k linear[k, m] mean[k, n]
+// weight gradient[m, n] += sum_k linear[k, m] mean[k, n]
 struct WeightGradParams {
     int64_t rows, head_dim;
     const void* grad_linear; // T [rows, padded D]

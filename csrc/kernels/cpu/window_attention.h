@@ -284,7 +284,8 @@ class WindowAttention : AttentionTile<S, T> {
         }
         T* bias_out = nullptr;
         if (p.grad_relative_bias) {
-            bias_out = static_cast<T*>(p.grad_relative_bias) + task * g.bias_height * g.bias_width;
+            bias_out = static_cast<T*>(p.grad_relative_bias) +
+                       (current_bh * p.pieces + task % p.pieces) * g.bias_height * g.bias_width;
             zero(bias_out, g.bias_height * g.bias_width);
         }
         for (int64_t window = first_window; window < last_window; ++window) {
@@ -314,11 +315,12 @@ class WindowAttention : AttentionTile<S, T> {
   private:
     void start(int64_t task) {
         const int64_t windows = g.num_windows(), piece = task % p.pieces;
+        const int64_t bh = p.first_head + task / p.pieces;
         first_window = windows * piece / p.pieces;
         last_window = windows * (piece + 1) / p.pieces;
         init_shape = {};
-        if (task / p.pieces == current_bh) return;
-        Tile::start_head(task / p.pieces);
+        if (bh == current_bh) return;
+        Tile::start_head(bh);
         bias = p.relative_bias ? static_cast<const T*>(p.relative_bias) + head * p.relative_bias_head_stride
                                : nullptr;
         load_columns(p.landmark_key, p.landmark_value, 0, landmarks, [](int64_t c) { return c; });
@@ -636,8 +638,8 @@ class PrefixAttention : AttentionTile<S, T> {
 
     size_t bytes;
 
-    void attend(int64_t bh) {
-        Tile::start_head(bh);
+    void attend(int64_t task) {
+        Tile::start_head(p.first_head + task);
         for_tiles([&](int64_t rows) {
             T* const top_of_row = lse;
             for (int64_t r = 0; r < rows; ++r) {
@@ -679,8 +681,8 @@ class PrefixAttention : AttentionTile<S, T> {
     }
 
     // Behind WindowAttention's backward, whose shares of the prefix keys' gradients are added up here.
-    void differentiate(int64_t bh) {
-        Tile::start_head(bh);
+    void differentiate(int64_t task) {
+        Tile::start_head(p.first_head + task);
         for_tiles([&](int64_t rows) {
             for_key_blocks(rows, p.key, [&](int64_t count) {
                 product<T>(rows, count, head_dim, grad_out, ld, 1, value_t, ld_score, grad_score, ld_score,
@@ -698,19 +700,19 @@ class PrefixAttention : AttentionTile<S, T> {
                 }
                 store_row<S, T>(p.grad_query, batch, head, list[r], head_dim, out + r * ld,
                                 static_cast<T>(p.scale));
-                store_sum(p.grad_global_key, bh, p.grad_key, list[r]);
-                store_sum(p.grad_global_value, bh, p.grad_value, list[r]);
+                store_sum(p.grad_global_key, task, p.grad_key, list[r]);
+                store_sum(p.grad_global_value, task, p.grad_value, list[r]);
             }
         });
     }
 
   private:
-    void store_sum(const void* shares, int64_t bh, const Rows& gradient, int64_t token) {
+    void store_sum(const void* shares, int64_t task, const Rows& gradient, int64_t token) {
         const int64_t globals = p.num_landmarks + g.num_prefix_tokens;
         T* const total = Tile::block;
         zero(total, ld);
         for (int64_t piece = 0; piece < p.pieces; ++piece) {
-            const int64_t at = (bh * p.pieces + piece) * globals + p.num_landmarks + token;
+            const int64_t at = (task * p.pieces + piece) * globals + p.num_landmarks + token;
             add_scaled(total, T(1), static_cast<const T*>(shares) + at * padded(head_dim), head_dim);
         }
         store_row<S, T>(gradient, batch, head, token, head_dim, total);
@@ -777,10 +779,10 @@ void window_attention_bwd(const AttentionParams& p, int64_t begin, int64_t end, 
 template <class S, class T>
 void prefix_attention_fwd(const AttentionParams& p, int64_t begin, int64_t end, char* scratch) {
     PrefixAttention<S, T> attention(p, false, scratch);
-    for (int64_t bh = begin; bh < end; ++bh) attention.attend(bh);
+    for (int64_t task = begin; task < end; ++task) attention.attend(task);
 }
 template <class S, class T>
 void prefix_attention_bwd(const AttentionParams& p, int64_t begin, int64_t end, char* scratch) {
     PrefixAttention<S, T> attention(p, true, scratch);
-    for (int64_t bh = begin; bh < end; ++bh) attention.differentiate(bh);
+    for (int64_t task = begin; task < end; ++task) attention.differentiate(task);
 }
