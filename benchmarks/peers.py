@@ -44,18 +44,23 @@ def make_peers(
 ) -> dict[str, Peer]:
     """The peers that can compute `case` on `device`, all or the chosen ones.
 
-    EVA has a linear-layernorm projection and a trained bias per offset, as in the paper's vision models.
+    EVA has a linear-layernorm projection and, on grids, a trained bias per offset, as in the paper's vision
+    models.
     """
     generator = torch.Generator().manual_seed(0)
     batch, heads = case.batch_and_heads(device.type)
     packed = torch.randn(batch, case.tokens, 3, heads, case.head_dim, generator=generator).to(device, dtype)
-    bias = (torch.randn(case.bias_shape(heads), generator=generator) / 2).to(device, dtype)
+    bias: Tensor | None = None
+    if not case.is_sequence:
+        bias = (
+            (torch.randn(case.bias_shape(heads), generator=generator) / 2).to(device, dtype).requires_grad_()
+        )
     projection = eva_attn.LandmarkProjection(case.head_dim, device=device, dtype=dtype)
     packed.requires_grad_()
-    bias.requires_grad_()
     query, key, value = (x.transpose(1, 2).contiguous().requires_grad_() for x in packed.detach().unbind(2))
     split = [query, key, value]
-    trained = [bias, *projection.parameters()]
+    biases = [] if bias is None else [bias]
+    trained = [*biases, *projection.parameters()]
     geometry = case.geometry()
     if device.type == "cuda":
         torch.compiler.reset()  # past a number of shapes compiled code falls back to eager
@@ -80,7 +85,7 @@ def make_peers(
                 relative_bias=bias,
                 **{k: v for k, v in geometry.items() if k != "chunk_size"},
             ),
-            [*split, bias],
+            [*split, *biases],
             window_flops,
         ),
     }
@@ -123,7 +128,7 @@ def augmented_sdpa(
     window: tuple[int, int],
     chunk: tuple[int, int],
     projection: eva_attn.LandmarkProjection,
-    relative_bias: Tensor,
+    relative_bias: Tensor | None,
 ) -> Tensor:
     """EVA as one writes it without a kernel: gather windows, append the landmarks to their keys, call SDPA.
 
@@ -148,8 +153,12 @@ def augmented_sdpa(
     k = torch.cat([k, for_each_window(landmark_key)], 3)
     v = torch.cat([v, for_each_window(landmark_value)], 3)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B G, H, ., D]
-    bias = F.pad(pairwise_bias(relative_bias, window), (0, landmark_key.shape[2]))  # [H, w, w + C]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
+    bias = None
+    if relative_bias is not None:
+        bias = F.pad(pairwise_bias(relative_bias, window), (0, landmark_key.shape[2])).unsqueeze(
+            0
+        )  # [1, H, w, w + C]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     rows, columns = grid[0] // window[0], grid[1] // window[1]
     out = out.reshape(batch, rows, columns, heads, *window, dim).permute(0, 3, 1, 4, 2, 5, 6)
     return out.reshape(batch, heads, grid[0] * grid[1], dim)

@@ -645,6 +645,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
 #pragma unroll
                     for (int e = 0; e < 4; ++e) grad[n][e] += grad_key[n][e];
             }
+            // Both warps of these rows have read grad_query_mean, which one of them now overwrites.
+            if (branches != 1) pair_sync(warp / 2);
             if (branches > 0) {
                 if (norm) {
                     add_columns(grad_norm_bias, grad);
