@@ -52,8 +52,8 @@ void Attention::forward() const { forward_for(dtype_, params_)(dtype_, params_, 
 void Attention::backward_global(const Tensor& grad_output) {
     const Shape& shape = params_.shape;
     params_.grad_output = rows(grad_output);
-    const AttentionBackward backward = backward_for(dtype_, params_);
-    params_.pieces = backward.global_pieces(dtype_, params_);
+    backward_ = backward_for(dtype_, params_);
+    params_.pieces = backward_.global_pieces(dtype_, params_);
     const int64_t sizes[] = {shape.batch * shape.heads, params_.pieces,
                              params_.num_landmarks + shape.geometry.num_prefix_tokens, shape.head_dim};
     delta_ = at::empty_like(logsumexp_);
@@ -62,13 +62,12 @@ void Attention::backward_global(const Tensor& grad_output) {
     params_.delta = data(delta_);
     params_.grad_global_key = data(grad_global_key_);
     params_.grad_global_value = data(grad_global_value_);
-    backward.run_global(dtype_, params_, stream_);
+    backward_.run_global(dtype_, params_, stream_);
 }
 
 void Attention::backward_tokens(const ChunkTerms& chunk_terms, const Tensor& grad_query,
                                 const Tensor& grad_key, const Tensor& grad_value,
                                 const Tensor& grad_relative_bias) {
-    const AttentionBackward backward = backward_for(dtype_, params_);
     const Shape& shape = params_.shape;
     const Geometry& geometry = shape.geometry;
     params_.grad_query = rows(grad_query);
@@ -77,13 +76,13 @@ void Attention::backward_tokens(const ChunkTerms& chunk_terms, const Tensor& gra
     params_.chunk_terms = chunk_terms;
     Tensor bias_terms;
     if (relative_bias_.defined()) {
-        params_.bias_pieces = backward.bias_pieces(dtype_, params_);
+        params_.bias_pieces = backward_.bias_pieces(dtype_, params_);
         bias_terms = at::empty(
             {shape.batch, shape.heads, params_.bias_pieces, geometry.bias_height, geometry.bias_width},
             logsumexp_.options());
         params_.grad_relative_bias = data(bias_terms);
     }
-    backward.run(dtype_, params_, stream_);
+    backward_.run(dtype_, params_, stream_);
 
     if (!relative_bias_.defined()) return;
     if (relative_bias_.size(0) == 1) {

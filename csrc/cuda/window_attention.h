@@ -30,6 +30,7 @@ class Attention {
         logsumexp_;
     Tensor delta_, grad_global_key_, grad_global_value_;
     AttentionParams params_;
+    AttentionBackward backward_{};
 };
 
 } // namespace eva_attn::cuda

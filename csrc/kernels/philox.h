@@ -13,6 +13,12 @@ namespace eva_attn {
 
 struct PhiloxWords {
     uint32_t word[4];
+
+    // Word entry % 4, by choices and not by an index, which would put the words into local memory on a GPU.
+    EVA_HOST_DEVICE uint32_t of(int entry) const {
+        const uint32_t low = entry % 2 ? word[1] : word[0], high = entry % 2 ? word[3] : word[2];
+        return entry % 4 < 2 ? low : high;
+    }
 };
 
 EVA_HOST_DEVICE inline PhiloxWords philox4x32_10(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2,

@@ -37,9 +37,10 @@ template <class S>
 void Backward<S>::window_attention(const AttentionParams& p, cudaStream_t stream) {
     const bool is_narrow = p.shape.head_dim <= 64;
     if (is_one_block(p.shape.geometry)) {
-        !is_narrow      ? launch_window_attention_bwd<WindowGradTraits<S, 128, true>>(p, stream)
-        : is_general(p) ? launch_window_attention_bwd<WindowGradTraits<S, 64, true>>(p, stream)
-                        : launch_window_attention_bwd<WindowGradTraits<S, 64, false>>(p, stream);
+        !is_narrow ? launch_window_attention_bwd<WindowGradTraits<S, 128, true>>(p, stream)
+        : is_general<WindowGradTraits<S, 64, true>>(p)
+            ? launch_window_attention_bwd<WindowGradTraits<S, 64, true>>(p, stream)
+            : launch_window_attention_bwd<WindowGradTraits<S, 64, false>>(p, stream);
     } else {
         !is_narrow ? launch_window_attention_bwd_blocks<BlockGradTraits<S, 128, true>>(p, stream)
         : p.dropout.threshold > 0

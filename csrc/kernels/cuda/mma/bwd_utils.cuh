@@ -22,7 +22,7 @@ inline bool is_one_block(const Geometry& g) {
 // end soonest; a block's start costs about as much as a tile.
 inline int64_t count_slices(int64_t items, int64_t tiles, int64_t slots) {
     int64_t best = 1, best_time = INT64_MAX;
-    for (int64_t slices = 1; slices <= detail::min(tiles, 1024); ++slices) {
+    for (int64_t slices = 1; slices <= detail::min(tiles, kMaxSlices); ++slices) {
         const int64_t time = detail::ceil_div(items * slices, slots) * (detail::ceil_div(tiles, slices) + 1);
         if (time < best_time) best = slices, best_time = time;
     }
@@ -65,14 +65,49 @@ struct DropoutWeights {
                 for (int e = 0; e < 4; ++e) {
                     const int column = entry(n, e);
                     const PhiloxWords words = philox4x32_10(seed, column / 4, query(n, e), bh, 0);
-                    const uint32_t low = column % 2 ? words.word[1] : words.word[0];
-                    const uint32_t high = column % 2 ? words.word[3] : words.word[2];
-                    kept |= static_cast<uint32_t>((column % 4 < 2 ? low : high) >= threshold) << (4 * n + e);
+                    kept |= static_cast<uint32_t>(words.of(column) >= threshold) << (4 * n + e);
                 }
         }
         return {kept, scale};
     }
 };
+
+// From scores and the products of values and dO, with keys or landmarks on M and queries on N, to (dropped)
+// weights and the gradients of the scores, packed as a product's first operand. `bias` is of the lane's two
+// rows; log-sum-exps, in units of log 2, and deltas are of the queries.
+template <class S, int kTiles, bool kHasDropout>
+__device__ inline void weigh_queries(uint32_t (&weight)[kTiles / 2][4], uint32_t (&grad_score)[kTiles / 2][4],
+                                     const float (&score)[kTiles][4], const float (&grad_weight)[kTiles][4],
+                                     float scale_log2, const float (&bias)[2], const float* logsumexp,
+                                     const float* delta, const DropoutFactors<kHasDropout>& kept) {
+    const int pair = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+        const float2 lse = *reinterpret_cast<const float2*>(&logsumexp[8 * n + pair]);
+        const float2 row_delta = *reinterpret_cast<const float2*>(&delta[8 * n + pair]);
+        float weights[4], ds[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const float logit = score[n][e] * scale_log2 + bias[e / 2];
+            weights[e] = exp2_approx(logit - (e % 2 ? lse.y : lse.x));
+            ds[e] = weights[e] * (kept(grad_weight[n][e], n, e) - (e % 2 ? row_delta.y : row_delta.x));
+            weights[e] = kept(weights[e], n, e);
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            weight[n / 2][n % 2 * 2 + r] = pack<S>(weights[2 * r], weights[2 * r + 1]);
+            grad_score[n / 2][n % 2 * 2 + r] = pack<S>(ds[2 * r], ds[2 * r + 1]);
+        }
+    }
+}
+
+template <int kTiles>
+__device__ inline void multiply_all(float (&x)[kTiles][4], float factor) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[n][e] *= factor;
+}
 
 // Eight elements of a row.
 template <class S>

@@ -84,14 +84,6 @@ __device__ inline int count_branches(const SummaryParams& p) {
     return !p.has_projection ? 0 : p.has_query_projection ? 2 : 1;
 }
 
-__device__ inline float4 load_four(const float* from) { return *reinterpret_cast<const float4*>(from); }
-template <class S>
-__device__ inline float4 load_four(const S* from) {
-    const uint2 packed = *reinterpret_cast<const uint2*>(from);
-    const float2 low = unpack<S>(packed.x), high = unpack<S>(packed.y);
-    return make_float4(low.x, low.y, high.x, high.y);
-}
-
 template <class Traits, class Weight>
 __device__ inline void load_linear(float* shared, const Weight* weight, int head_dim) {
     constexpr int kHeadDim = Traits::kHeadDim, kThreads = Traits::kThreads;
@@ -101,8 +93,7 @@ __device__ inline void load_linear(float* shared, const Weight* weight, int head
     const int column = threadIdx.x % (kHeadDim / 4) * 4;
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-        x[i] = row(i) < head_dim && column < head_dim ? load_four(weight + row(i) * head_dim + column)
-                                                      : float4{};
+        x[i] = row(i) < head_dim && column < head_dim ? load4(weight + row(i) * head_dim + column) : float4{};
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
         *reinterpret_cast<float4*>(FloatTile<kHeadDim>{shared}.at(row(i), column)) = make_float4(

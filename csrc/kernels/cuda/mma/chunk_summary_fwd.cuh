@@ -6,7 +6,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "kernels/cuda/mma/tile.cuh"
 
@@ -82,17 +81,6 @@ template <class F>
 __device__ inline void with_type(DType dtype, F f) {
     if (dtype == DType::kFloat) return f(float{});
     dtype == DType::kHalf ? f(__half{}) : f(__nv_bfloat16{});
-}
-
-template <class W>
-__device__ inline float4 load4(const W* data) {
-    if constexpr (std::is_same_v<W, float>) {
-        return *reinterpret_cast<const float4*>(data);
-    } else {
-        const uint2 packed = *reinterpret_cast<const uint2*>(data);
-        const float2 a = unpack<W>(packed.x), b = unpack<W>(packed.y);
-        return float4{a.x, a.y, b.x, b.y};
-    }
 }
 
 // Two floats as sums of two bfloat16.

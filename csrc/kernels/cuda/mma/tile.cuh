@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <climits>
 #include <cuda_runtime.h>
+#include <type_traits>
 
 #include "kernels/cuda/params.h"
 #include "kernels/cuda/ptx.cuh"
@@ -137,6 +138,18 @@ __device__ inline void gather(Tile<S, kHeadDim> tile, const S* base, int64_t str
     for (int i = 0; i < Rows::kCount; ++i)
         index[i] = Rows::unit() * 8 < head_dim ? index_of(Rows::row(i)) : -1;
     gather_rows<Rows>(tile, base, stride, index);
+}
+
+// Four numbers side by side.
+template <class W>
+__device__ inline float4 load4(const W* data) {
+    if constexpr (std::is_same_v<W, float>) {
+        return *reinterpret_cast<const float4*>(data);
+    } else {
+        const uint2 packed = *reinterpret_cast<const uint2*>(data);
+        const float2 a = unpack<W>(packed.x), b = unpack<W>(packed.y);
+        return float4{a.x, a.y, b.x, b.y};
+    }
 }
 
 // Over the four lanes that hold a row of an accumulator.

@@ -75,7 +75,7 @@ struct WindowGradPlan {
         const int last_x = min(box.x0 + box.shape.width, box.grid_width) - 1;
         const int columns = divide(last_x - x0 * chunk_width, chunk_width_reciprocal) + 1;
         const int rows = divide(last_y - y0 * chunk_height, chunk_height_reciprocal) + 1;
-        return WindowChunks{y0, x0, columns, rows * columns, 0x7fffffffu / columns + 1};
+        return WindowChunks{y0, x0, columns, rows * columns, reciprocal(columns)};
     }
     // The window's chunk number i, or a negative number.
     __device__ int chunk_at(const WindowChunks& chunks, int i) const {
@@ -352,12 +352,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             store_staged(values, own, base, rows.token_stride, head_dim,
                          [&](int row) { return tokens.inside[row]; });
         };
-        const auto multiply_by_scale = [&](float (&gradient)[kHeadDim / 8][4]) {
-#pragma unroll
-            for (int d = 0; d < kHeadDim / 8; ++d)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) gradient[d][e] *= scale;
-        };
         {
             float grad_value[kHeadDim / 8][4] = {};
             begin_products<kHeadDim>();
@@ -375,7 +369,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             begin_products<kHeadDim>();
             multiply(grad_key, key_grad_score, queries, size);
             end_products<kHeadDim>(grad_key);
-            multiply_by_scale(grad_key);
+            multiply_all(grad_key, scale);
             const float upper = tokens.chunk_grad[own + group], lower = tokens.chunk_grad[own + group + 8];
             for_chunks([&](const int (&column)[2]) {
                 add_term(grad_key, 1, column, upper, lower);
@@ -463,7 +457,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             multiply(grad_query, grad_score, landmark_keys, landmarks - first);
             end_products<kHeadDim>(grad_query);
         }
-        multiply_by_scale(grad_query);
+        multiply_all(grad_query, scale);
         for_chunks([&](const int (&column)[2]) { add_term(grad_query, 3, column, 1, 1); });
         stage_gradient(grad_query, values, own);
         __syncthreads();
@@ -518,14 +512,14 @@ int64_t count_bias_pieces(const AttentionParams& p) {
 }
 
 // Whether dropout, a mask, hidden landmarks or more than one block of landmarks or chunks are to be handled.
-inline bool is_general(const AttentionParams& p) {
-    constexpr int64_t kBlock = 64, kBlockChunks = 16;
+template <class Traits>
+bool is_general(const AttentionParams& p) {
     const Geometry& g = p.shape.geometry;
     const auto most_chunks = [](int64_t window, int64_t chunk) { return (window + chunk - 2) / chunk + 1; };
     return p.dropout.threshold > 0 || p.key_padding_mask || g.is_causal || p.exclude_window_landmarks ||
-           p.num_landmarks > kBlock ||
+           p.num_landmarks > Traits::kBlock ||
            most_chunks(g.window_height, g.chunk_height) * most_chunks(g.window_width, g.chunk_width) >
-               kBlockChunks;
+               Traits::kBlockChunks;
 }
 
 template <class Traits>

@@ -180,35 +180,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             [&](int n, int e) { return columns.token[8 * n + pair + e % 2]; },
             [&](int, int e) { return token[e / 2]; });
         uint32_t weight[kBlockN / 16][4], grad_score[kBlockN / 16][4];
-#pragma unroll
-        for (int n = 0; n < kBlockN / 8; ++n) {
-            const int c = 8 * n + pair;
-            const float2 lse = *reinterpret_cast<const float2*>(&columns.logsumexp[c]);
-            const float2 row_delta = *reinterpret_cast<const float2*>(&columns.delta[c]);
-            float weights[4], ds[4];
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const float logit = score[n][e] * scale_log2 + bias[e / 2];
-                weights[e] = exp2_approx(logit - (e % 2 ? lse.y : lse.x));
-                ds[e] = weights[e] * (kept(grad_weight[n][e], n, e) - (e % 2 ? row_delta.y : row_delta.x));
-                weights[e] = kept(weights[e], n, e);
-            }
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                weight[n / 2][n % 2 * 2 + r] = pack<S>(weights[2 * r], weights[2 * r + 1]);
-                grad_score[n / 2][n % 2 * 2 + r] = pack<S>(ds[2 * r], ds[2 * r + 1]);
-            }
-        }
+        weigh_queries<S>(weight, grad_score, score, grad_weight, scale_log2, bias, columns.logsumexp,
+                         columns.delta, kept);
         begin_products<kHeadDim>();
         multiply(grad_value, weight, grad_outputs, count);
         multiply(grad_key, grad_score, queries, count);
         end_products<kHeadDim>(grad_value, grad_key);
     }
 
-#pragma unroll
-    for (int d = 0; d < kHeadDim / 8; ++d)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) grad_key[d][e] *= scale;
+    multiply_all(grad_key, scale);
     const ChunkTerms& terms = p.chunk_terms;
     if (terms.omega) {
         int64_t chunk_row[2] = {-1, -1};
@@ -390,10 +370,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         end_products<kHeadDim>(grad_query);
     }
 
-#pragma unroll
-    for (int d = 0; d < kHeadDim / 8; ++d)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) grad_query[d][e] *= scale;
+    multiply_all(grad_query, scale);
     if (p.chunk_terms.omega) {
         int64_t chunk_row[2];
 #pragma unroll

@@ -188,24 +188,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             [&](int n, int e) { return first_query + 8 * n + pair + e % 2; },
             [&](int, int e) { return tokens + landmark[e / 2]; });
         uint32_t weight[kBlockQ / 16][4], grad_score[kBlockQ / 16][4];
-#pragma unroll
-        for (int n = 0; n < kBlockQ / 8; ++n) {
-            const int at = 8 * n + pair;
-            const float2 lse = *reinterpret_cast<const float2*>(&stage.logsumexp[at]);
-            const float2 delta = *reinterpret_cast<const float2*>(&stage.delta[at]);
-            float w[4], ds[4];
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                w[e] = exp2_approx(score[n][e] * scale_log2 + bias[e / 2] - (e % 2 ? lse.y : lse.x));
-                ds[e] = w[e] * (kept(grad_weight[n][e], n, e) - (e % 2 ? delta.y : delta.x));
-                w[e] = kept(w[e], n, e);
-            }
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                weight[n / 2][n % 2 * 2 + r] = pack<S>(w[2 * r], w[2 * r + 1]);
-                grad_score[n / 2][n % 2 * 2 + r] = pack<S>(ds[2 * r], ds[2 * r + 1]);
-            }
-        }
+        weigh_queries<S>(weight, grad_score, score, grad_weight, scale_log2, bias, stage.logsumexp,
+                         stage.delta, kept);
         begin_products<kHeadDim>();
         multiply(grad_value, weight, grad_outputs, count);
         multiply(grad_key, grad_score, queries, count);

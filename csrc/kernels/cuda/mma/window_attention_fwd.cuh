@@ -96,15 +96,10 @@ __device__ inline void add_values(OnlineSoftmax<kHeadDim>& softmax, const float 
 // Whether dropout takes two entries of a query: bits 0 and 1. Not inlined: that would be 64 times.
 static __device__ __noinline__ uint32_t dropped_pair(uint64_t seed, uint64_t threshold, int first, int second,
                                                      int query, uint32_t batch_head) {
-    const auto dropped = [&](const PhiloxWords& words, int entry) {
-        const uint32_t low = entry % 2 ? words.word[1] : words.word[0];
-        const uint32_t high = entry % 2 ? words.word[3] : words.word[2];
-        return (entry % 4 < 2 ? low : high) < threshold;
-    };
     PhiloxWords words = philox4x32_10(seed, first / 4, query, batch_head, 0);
-    const uint32_t bits = dropped(words, first);
+    const uint32_t bits = words.of(first) < threshold;
     if (second / 4 != first / 4) words = philox4x32_10(seed, second / 4, query, batch_head, 0);
-    return bits | dropped(words, second) << 1;
+    return bits | static_cast<uint32_t>(words.of(second) < threshold) << 1;
 }
 
 // kGeneral: causality, dropout, padding, a prefix, and biases of landmarks.
