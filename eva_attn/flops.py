@@ -94,9 +94,17 @@ def _attention_flops(query: Shape, **options: Any) -> int:
     return _summary_flops(query, **options) + _window_flops(query, num_landmarks, **options)
 
 
+def _by_name(op: Any, num_inputs: int, options: tuple[Any, ...]) -> dict[str, Any]:
+    """Options that an operator was given by position, after its inputs."""
+    names = [argument.name for argument in op.default._schema.arguments[num_inputs:]]
+    return dict(zip(names, options, strict=False))
+
+
 @register_flop_formula(torch.ops.eva_attn.eva_attention)
-def _eva_attention(query: Shape, key: Shape, value: Shape, *, out_shape: Any = None, **options: Any) -> int:
-    return _attention_flops(query, **options)
+def _eva_attention(
+    query: Shape, key: Shape, value: Shape, *options: Any, out_shape: Any = None, **named: Any
+) -> int:
+    return _attention_flops(query, **_by_name(torch.ops.eva_attn.eva_attention, 3, options), **named)
 
 
 @register_flop_formula(torch.ops.eva_attn.eva_attention_backward)
@@ -107,8 +115,9 @@ def _eva_attention_backward(
 
 
 @register_flop_formula(torch.ops.eva_attn.eva_attention_qkvpacked)
-def _eva_attention_qkvpacked(qkv: Shape, *, out_shape: Any = None, **options: Any) -> int:
-    return _attention_flops(_unpacked(qkv), **options)
+def _eva_attention_qkvpacked(qkv: Shape, *options: Any, out_shape: Any = None, **named: Any) -> int:
+    options_by_name = _by_name(torch.ops.eva_attn.eva_attention_qkvpacked, 1, options)
+    return _attention_flops(_unpacked(qkv), **options_by_name, **named)
 
 
 @register_flop_formula(torch.ops.eva_attn.eva_attention_qkvpacked_backward)

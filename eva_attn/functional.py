@@ -1,5 +1,6 @@
 """Attention functions: what an operator needs is put together here, and computed in `torch.ops.eva_attn`."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,33 @@ from .geometry import Pair, Size
 
 if TYPE_CHECKING:
     from .modules import LandmarkProjection
+
+# Called by position: to parse two dozen names takes longer than to launch a kernel.
+_eva_attention = torch.ops.eva_attn.eva_attention.default
+_eva_attention_qkvpacked = torch.ops.eva_attn.eva_attention_qkvpacked.default
+_WEIGHT_NAMES = [
+    f"{branch}_{name}"
+    for branch in ("key", "query")
+    for name in ("weight", "bias", "norm_weight", "norm_bias")
+]
+_SIZE_NAMES = (
+    "grid_size",
+    "window_size",
+    "chunk_size",
+    "overlap",
+    "chunk_overlap",
+    "num_prefix_tokens",
+    "is_causal",
+)
+_ATTENTION_NAMES = (
+    "relative_bias",
+    "landmark_bias",
+    "key_padding_mask",
+    "dropout_seed",
+    "dropout_p",
+    "exclude_window_landmarks",
+    "scale",
+)
 
 
 def eva_attention(
@@ -81,7 +109,7 @@ def eva_attention(
     if query.dim() != 4:
         raise ValueError(f"query: expected [B, H, N, D], got shape {tuple(query.shape)}")
     key, value = expand_heads(query, key, value)
-    options = _options(
+    sizes, attention = _options(
         query.shape[0],
         query.shape[2],
         query,
@@ -100,9 +128,8 @@ def eva_attention(
         dropout_p,
         scale,
     )
-    return torch.ops.eva_attn.eva_attention(
-        query, key, value, **options, **projection_arguments(projection), noise=noise
-    )[0]
+    weights, norm_eps = _projection_weights(projection)
+    return _eva_attention(query, key, value, *sizes, *weights, noise, *attention, norm_eps)[0]
 
 
 def eva_attention_qkvpacked(
@@ -132,7 +159,7 @@ def eva_attention_qkvpacked(
     """
     if qkv.dim() != 5:
         raise ValueError(f"qkv: expected [B, N, 3, H, D], got shape {tuple(qkv.shape)}")
-    options = _options(
+    sizes, attention = _options(
         qkv.shape[0],
         qkv.shape[1],
         qkv,
@@ -151,9 +178,8 @@ def eva_attention_qkvpacked(
         dropout_p,
         scale,
     )
-    return torch.ops.eva_attn.eva_attention_qkvpacked(
-        qkv, **options, **projection_arguments(projection), noise=noise
-    )[0]
+    weights, norm_eps = _projection_weights(projection)
+    return _eva_attention_qkvpacked(qkv, *sizes, *weights, noise, *attention, norm_eps)[0]
 
 
 def chunk_summary(
@@ -226,7 +252,7 @@ def window_attention(
     """
     if query.dim() != 4:
         raise ValueError(f"query: expected [B, H, N, D], got shape {tuple(query.shape)}")
-    options = _options(
+    sizes, attention = _options(
         query.shape[0],
         query.shape[2],
         query,
@@ -245,6 +271,7 @@ def window_attention(
         dropout_p,
         scale,
     )
+    options = dict(zip(_SIZE_NAMES + _ATTENTION_NAMES, sizes + attention, strict=True))
     return torch.ops.eva_attn.window_attention(query, key, value, landmark_key, landmark_value, **options)[0]
 
 
@@ -286,9 +313,9 @@ def _options(
     log_count_bias: bool,
     dropout_p: float,
     scale: float | None,
-) -> dict[str, Any]:
-    """The operators' form of the arguments of joint attention: all geometry as on a grid, counts in
-    `landmark_bias`."""
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The operators' form of the arguments of joint attention, as `_SIZE_NAMES` and `_ATTENTION_NAMES` list
+    them: all geometry as on a grid, counts in `landmark_bias`."""
     grid = geometry.grid(grid_size, num_tokens, num_prefix_tokens)
     chunk = geometry.pair("chunk_size", chunk_size, grid_size, 1)
     chunk_reach = geometry.pair("chunk_overlap", chunk_overlap, grid_size, 0)
@@ -306,22 +333,25 @@ def _options(
         )
     if relative_bias is not None and grid_size is None and relative_bias.dim() == 2:
         relative_bias = relative_bias.unsqueeze(1)
-    return {
-        "grid_size": grid,
-        "window_size": geometry.pair("window_size", window_size, grid_size, 1),
-        "chunk_size": chunk,
-        "overlap": geometry.pair("overlap", overlap, grid_size, 0),
-        "chunk_overlap": chunk_reach,
-        "num_prefix_tokens": num_prefix_tokens,
-        "is_causal": is_causal,
-        "relative_bias": relative_bias,
-        "landmark_bias": landmark_bias,
-        "key_padding_mask": key_padding_mask,
-        "dropout_seed": draw_dropout_seed(query.device) if dropout_p > 0 else None,
-        "dropout_p": dropout_p,
-        "exclude_window_landmarks": exclude_window_landmarks,
-        "scale": scale,
-    }
+    sizes = (
+        grid,
+        geometry.pair("window_size", window_size, grid_size, 1),
+        chunk,
+        geometry.pair("overlap", overlap, grid_size, 0),
+        chunk_reach,
+        num_prefix_tokens,
+        is_causal,
+    )
+    attention = (
+        relative_bias,
+        landmark_bias,
+        key_padding_mask,
+        draw_dropout_seed(query.device) if dropout_p > 0 else None,
+        dropout_p,
+        exclude_window_landmarks,
+        scale,
+    )
+    return sizes, attention
 
 
 def _add_log_counts(
@@ -372,18 +402,37 @@ def _add_log_counts(
 
 
 def projection_arguments(projection: "LandmarkProjection | None") -> dict[str, Any]:
-    """The operators' arguments for a projection: none for the identity."""
+    """The operators' arguments for a projection, by name."""
+    weights, norm_eps = _projection_weights(projection)
+    return {**dict(zip(_WEIGHT_NAMES, weights, strict=True)), "norm_eps": norm_eps}
+
+
+def _projection_weights(projection: "LandmarkProjection | None") -> tuple[list[Tensor | None], float]:
+    """Weights in the order of `_WEIGHT_NAMES`, and the LayerNorms' epsilon."""
+    weights: list[Tensor | None] = []
+    norm_eps = 1e-5
     if projection is None:
-        return {}
+        return [None] * len(_WEIGHT_NAMES), norm_eps
     if not isinstance(projection, torch.nn.Module):
         raise TypeError(f"projection: expected a LandmarkProjection or None, got {projection!r}")
-    arguments: dict[str, Any] = {}
-    for name, branch in (("key", projection.key), ("query", projection.query)):
+    for name in ("key", "query"):
+        branch = _registered(projection, projection._modules, name)
         if branch is None:
+            weights += [None] * 4
             continue
-        linear, *norms = branch
-        arguments[f"{name}_weight"], arguments[f"{name}_bias"] = linear.weight, linear.bias
+        linear, *norms = branch._modules.values()
+        for layer in (linear, *norms):
+            weights += (_registered(layer, layer._parameters, kind) for kind in ("weight", "bias"))
         for norm in norms:
-            arguments[f"{name}_norm_weight"], arguments[f"{name}_norm_bias"] = norm.weight, norm.bias
-            arguments["norm_eps"] = norm.eps
-    return arguments
+            norm_eps = norm.eps
+        if not norms:
+            weights += [None, None]
+    return weights, norm_eps
+
+
+def _registered(module: torch.nn.Module, registry: Mapping[str, Any], name: str) -> Any:
+    """`module.name`, which is found there unless something else stands in for it, as a parametrization does.
+
+    Ten of `Module`'s own searches take as long as to launch a kernel.
+    """
+    return registry[name] if name in registry else getattr(module, name)

@@ -24,7 +24,7 @@ from op_cases import (
 )
 from torch import Tensor
 
-from eva_attn import functional, reference
+from eva_attn import LandmarkProjection, functional, reference
 
 # Operator and oracle sum in different orders: some hundred roundings of 1e-16, which the division by the
 # deviation in the LayerNorm of a short mean, and its gradient, can enlarge some hundred times.
@@ -156,6 +156,19 @@ def test_what_is_returned_beside_the_output(device: str) -> None:
         assert output.requires_grad
         beside = (logsumexp, landmark_key, landmark_value, key_mean, query_mean)
         assert not any(x.requires_grad for x in beside)
+
+
+def test_parametrized_projection() -> None:
+    """Weights that are computed when they are asked for count as well, and pass their gradient on."""
+    query, key, value = torch.randn(3, 1, 2, 6, 4, dtype=torch.float64).unbind()
+    projection = LandmarkProjection(4, dtype=torch.float64)
+    options = {"window_size": 3, "chunk_size": 2, "projection": projection}
+    expected = functional.eva_attention(query, key, value, **options)
+    torch.nn.utils.parametrizations.weight_norm(projection.key[0])
+    output = functional.eva_attention(query, key, value, **options)
+    torch.testing.assert_close(output, expected)
+    output.square().sum().backward()
+    assert projection.key[0].parametrizations.weight.original1.grad.abs().sum() > 0
 
 
 SMALL = {

@@ -84,9 +84,9 @@ void set_qkv(Call& call, const Tensor& qkv) {
 }
 
 TORCH_LIBRARY_FRAGMENT(eva_attn, m) {
-    define(m, "eva_attention(Tensor query, Tensor key, Tensor value, *, " + kOptions + ") -> " +
-                  kForwardResults);
-    define(m, "eva_attention_qkvpacked(Tensor qkv, *, " + kOptions + ") -> " + kForwardResults);
+    define(m,
+           "eva_attention(Tensor query, Tensor key, Tensor value, " + kOptions + ") -> " + kForwardResults);
+    define(m, "eva_attention_qkvpacked(Tensor qkv, " + kOptions + ") -> " + kForwardResults);
     define(m, "eva_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, " + kSaved +
                   ", *, " + kOptions + ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, " +
                   kParameterGradients);
