@@ -515,7 +515,8 @@ void launch_chunk_summary_fwd(const SummaryParams& p, cudaStream_t stream) {
                          (plan.rows_per_cta << plan.partials_log2) * sizeof(typename Traits::Partial) +
                          3 * Traits::kGroups * sizeof(float);
     const auto kernel = chunk_summary_fwd_kernel<S, kHeadDim>;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    static LimitsOf limits_of;
+    limits_of(kernel);
     const auto blocks = static_cast<unsigned>(detail::ceil_div(plan.num_rows, plan.rows_per_cta));
     kernel<<<blocks, Traits::kThreads, bytes, stream>>>(p, plan);
 }

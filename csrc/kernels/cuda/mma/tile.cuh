@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 #include <type_traits>
 
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/params.h"
 #include "kernels/cuda/ptx.cuh"
 
@@ -164,12 +165,5 @@ __device__ inline float quad_sum(float x) {
 
 // Into how many CTAs the work on one (batch, head) is cut at most.
 constexpr int kMaxSlices = 1024;
-
-inline int multiprocessors() {
-    int device = 0, count = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return std::max(count, 1);
-}
 
 } // namespace eva_attn::cuda::mma

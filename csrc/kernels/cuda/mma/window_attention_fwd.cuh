@@ -492,7 +492,8 @@ void launch_window_attention_fwd(const AttentionParams& p, cudaStream_t stream) 
 
     const auto kernel = window_attention_fwd_kernel<S, kHeadDim, kGeneral>;
     const size_t bytes = sizeof(typename Traits::Shared) + sizeof(float) * w.table_size;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    static LimitsOf limits_of;
+    limits_of(kernel);
     const auto blocks = static_cast<unsigned>(batch_heads * plan.slices);
     kernel<<<blocks, kAttentionThreads, bytes, stream>>>(p, plan);
 }

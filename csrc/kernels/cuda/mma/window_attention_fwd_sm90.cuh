@@ -556,13 +556,10 @@ bool launch_window_attention_fwd_sm90(const AttentionParams& p, cudaStream_t str
     const int min_slots = meets_all_windows ? plan.tiles : plan.tiles * Traits::kWarpgroups;
     plan.key_slots = meets_all_windows ? Traits::kMaxKeySlots : Traits::kMaxKeySlots / min_slots * min_slots;
 
-    cudaFuncAttributes attributes;
-    int device = 0, shared_per_sm = 0, reserved = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-    cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
-    const int64_t available = shared_per_sm - reserved;
-    while (Attention::shared_bytes(plan) > available) {
+    static LimitsOf limits_of;
+    const KernelLimits& limits = limits_of(kernel);
+    if (limits.threads < Traits::kThreads) return false;
+    while (Attention::shared_bytes(plan) > limits.shared_bytes) {
         if (plan.key_slots > 2 * min_slots || (plan.landmark_slots <= 1 && plan.key_slots > min_slots)) {
             plan.key_slots -= meets_all_windows ? 1 : min_slots;
         } else if (plan.landmark_slots > 1) {
@@ -571,9 +568,6 @@ bool launch_window_attention_fwd_sm90(const AttentionParams& p, cudaStream_t str
             return false;
         }
     }
-    if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess ||
-        attributes.maxThreadsPerBlock < Traits::kThreads)
-        return false;
 
     AttentionSm90Maps maps;
     const auto make_map = [&](CUtensorMap& map, const Rows& rows) {
@@ -594,7 +588,6 @@ bool launch_window_attention_fwd_sm90(const AttentionParams& p, cudaStream_t str
         return false;
 
     const auto bytes = static_cast<int>(Attention::shared_bytes(plan));
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, bytes, stream>>>(p, plan, maps);
     return true;
 }
