@@ -12,7 +12,8 @@ class Attention {
               const OptionalTensor& landmark_value, const Tensor& output, const Tensor& logsumexp,
               cudaStream_t stream);
 
-    void forward() const;
+    // `follows_summary`: as in AttentionParams.
+    void forward(bool follows_summary = false);
 
     // The backward's first half: gradients of landmarks and prefix keys.
     void backward_global(const Tensor& grad_output);
