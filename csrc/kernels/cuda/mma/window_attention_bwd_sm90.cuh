@@ -23,7 +23,8 @@ struct WindowGradSm90Traits {
     static constexpr int kWarpgroups = 2;
     static constexpr int kConsumers = kWarpgroups * kWarpgroupSize;
     static constexpr int kThreads = kConsumers + kWarpgroupSize;
-    static constexpr int kConsumerRegisters = 232, kServiceRegisters = 40;
+    static constexpr int kConsumerRegisters = kHeadDim == 64 ? 216 : 232;
+    static constexpr int kServiceRegisters = 3 * 168 - kWarpgroups * kConsumerRegisters; // 168 each at launch
     static constexpr int kTile = 64;                                           // rows
     static constexpr int kPanels = kHeadDim / 64, kPanelElements = kTile * 64; // of 64 columns
     static constexpr int kRowSlots = 2;                                        // of a warpgroup
@@ -127,17 +128,20 @@ struct WindowGradSm90 {
         constexpr int kBytes = 2 * kTile * kHeadDim * static_cast<int>(sizeof(S));
         RingCursor row[Traits::kWarpgroups], column;
         const auto load_pair = [&](Pair& to, uint64_t* full, const CUtensorMap& first,
-                                   const CUtensorMap& second, int x, const WindowCursor& at) {
+                                   const CUtensorMap& second, int x, const WindowCursor& at,
+                                   L2Policy policy) {
             barrier_arrive_expect(full, kBytes);
 #pragma unroll
             for (int panel = 0; panel < kPanels; ++panel) {
-                load_box(to.first + panel * kPanelElements, first, full, 64 * panel, x, 0, at.head, at.batch);
+                load_box(to.first + panel * kPanelElements, first, full, 64 * panel, x, 0, at.head, at.batch,
+                         policy);
                 load_box(to.second + panel * kPanelElements, second, full, 64 * panel, x, 0, at.head,
-                         at.batch);
+                         at.batch, policy);
             }
         };
+        const L2Policy normal = L2Policy::normal(), last_use = L2Policy::evict_first();
         for_each_round([&](const Round& round) {
-
+            const L2Policy policy = round.of_keys ? normal : last_use;
 #pragma unroll
             for (int w = 0; w < Traits::kWarpgroups; ++w) {
                 if (round.row_tile(w) >= round.tiles) continue;
@@ -146,7 +150,7 @@ struct WindowGradSm90 {
                 load_pair(shared.rows[w][slot], &shared.rows_full[w][slot],
                           round.of_keys ? maps.key : maps.query,
                           round.of_keys ? maps.value : maps.grad_output, round.x0 + kTile * round.row_tile(w),
-                          round.at);
+                          round.at, policy);
                 row[w].advance(Traits::kRowSlots);
             }
 #pragma unroll 1
@@ -161,7 +165,8 @@ struct WindowGradSm90 {
                           !of_window      ? maps.landmark_value
                           : round.of_keys ? maps.grad_output
                                           : maps.value,
-                          of_window ? round.x0 + kTile * i : kTile * (i - round.window_end), round.at);
+                          of_window ? round.x0 + kTile * i : kTile * (i - round.window_end), round.at,
+                          of_window ? policy : normal);
             }
         });
     }
@@ -174,6 +179,7 @@ struct WindowGradSm90 {
             const int64_t sequence = sequence_of(round.at);
             const float* const logsumexp = static_cast<const float*>(p.logsumexp) + sequence;
             const float* const delta = static_cast<const float*>(p.delta) + sequence;
+            prefetch_terms(round);
 #pragma unroll 1
             for (int i = round.first_column; i < round.end; ++i, column.advance(Traits::kColumnSlots)) {
                 const int slot = column.slot;
@@ -223,7 +229,7 @@ struct WindowGradSm90 {
 #pragma unroll
                     for (int panel = 0; panel < kPanels; ++panel)
                         store_box(from + panel * kPanelElements, map, 64 * panel, x, 0, round.at.head,
-                                  round.at.batch);
+                                  round.at.batch, L2Policy::evict_first());
                 };
                 store(rows.first, round.of_keys ? maps.grad_key : maps.grad_query);
                 if (round.of_keys) store(rows.second, maps.grad_value);
@@ -281,6 +287,15 @@ struct WindowGradSm90 {
         warpgroup_wait();
         fence_registers(a);
         fence_registers(b);
+    }
+    // Numbers of the queries on columns 8 n + first_column() and one further.
+    __device__ static float2 numbers_at(const float* numbers, int n) {
+        return *reinterpret_cast<const float2*>(numbers + 8 * n + first_column());
+    }
+    // Columns 8 n onward of a product's result as those of the next one's first operand.
+    __device__ static void put_operand(Operand& a, int n, const float (&x)[4]) {
+        a[n / 2][n % 2 * 2] = pack<S>(x[0], x[1]);
+        a[n / 2][n % 2 * 2 + 1] = pack<S>(x[2], x[3]);
     }
     // Begins c += a columns.
     __device__ static void accumulate(Gradient& c, const Operand& a, const S* columns) {
@@ -358,12 +373,32 @@ struct WindowGradSm90 {
                                          score[n][e] = -kInfinity;
                          }
                          Operand weight, grad_score;
-                         const float none[2] = {0, 0};
-                         weigh_queries<S>(weight, grad_score, score, grad_weight, scale_log2, none,
-                                          shared.logsumexp[slot], shared.delta[slot],
-                                          DropoutFactors<false>{});
+#pragma unroll
+                         for (int n = 0; n < kTile / 8; ++n) {
+                             const float2 lse = numbers_at(shared.logsumexp[slot], n);
+#pragma unroll
+                             for (int e = 0; e < 4; ++e)
+                                 score[n][e] =
+                                     exp2_approx(score[n][e] * scale_log2 - (e % 2 ? lse.y : lse.x));
+                             put_operand(weight, n, score[n]);
+                         }
+                         const auto begin_values = [&] {
+                             warpgroup_fence();
+                             accumulate(grad_value, weight, columns.second);
+                             warpgroup_commit();
+                         };
+                         if constexpr (kOverlapsSteps) begin_values();
+#pragma unroll
+                         for (int n = 0; n < kTile / 8; ++n) {
+                             const float2 delta = numbers_at(shared.delta[slot], n);
+#pragma unroll
+                             for (int e = 0; e < 4; ++e)
+                                 grad_weight[n][e] =
+                                     score[n][e] * (grad_weight[n][e] - (e % 2 ? delta.y : delta.x));
+                             put_operand(grad_score, n, grad_weight[n]);
+                         }
+                         if constexpr (!kOverlapsSteps) begin_values();
                          warpgroup_fence();
-                         accumulate(grad_value, weight, columns.second);
                          accumulate(grad_key, grad_score, columns.first);
                          warpgroup_commit();
                      });
@@ -444,14 +479,11 @@ struct WindowGradSm90 {
                          Operand grad_score;
 #pragma unroll
                          for (int n = 0; n < kTile / 8; ++n) {
-                             float ds[4];
 #pragma unroll
                              for (int e = 0; e < 4; ++e)
-                                 ds[e] = exp2_approx(score[n][e] * scale_log2 - logsumexp[e / 2]) *
-                                         (grad_weight[n][e] - delta[e / 2]);
-#pragma unroll
-                             for (int r = 0; r < 2; ++r)
-                                 grad_score[n / 2][n % 2 * 2 + r] = pack<S>(ds[2 * r], ds[2 * r + 1]);
+                                 score[n][e] = exp2_approx(score[n][e] * scale_log2 - logsumexp[e / 2]) *
+                                               (grad_weight[n][e] - delta[e / 2]);
+                             put_operand(grad_score, n, score[n]);
                          }
                          warpgroup_fence();
                          accumulate(grad_query, grad_score, columns.first);
@@ -468,6 +500,29 @@ struct WindowGradSm90 {
                            static_cast<int>(p.shape.head_dim), one);
         }
         put(grad_query, rows.first);
+    }
+
+    // By a warp, of the rows of a round.
+    __device__ void prefetch_terms(const Round& round) const {
+        const ChunkTerms& terms = p.chunk_terms;
+        if (!terms.omega) return;
+        constexpr int kLine = 128 / sizeof(float);
+        const int64_t bh = static_cast<int64_t>(round.at.batch) * p.shape.heads + round.at.head;
+        const int first = round.x0 + kTile * round.first_row;
+        const int end = min(first + Traits::kWarpgroups * kTile, round.x0 + round.tokens);
+        const int first_chunk = first / plan.chunk_width;
+        const auto prefetch = [&](const void* data, int64_t from, int count) {
+            for (int i = threadIdx.x % kWarpSize * kLine; i < count; i += kWarpSize * kLine)
+                prefetch_line(static_cast<const float*>(data) + from + i);
+        };
+        const int head_dim = static_cast<int>(p.shape.head_dim);
+        const int64_t chunk_row = (bh * plan.num_chunks + first_chunk) * head_dim;
+        const int count = ((end - 1) / plan.chunk_width - first_chunk + 1) * head_dim;
+        if (!round.of_keys) return prefetch(terms.grad_query_mean, chunk_row, count);
+        for (const void* term : {terms.omega, terms.grad_beta, terms.grad_key_mean})
+            prefetch(term, chunk_row, count);
+        for (const void* term : {terms.token_weight, terms.token_grad})
+            prefetch(term, bh * plan.windows.num_tokens + first, end - first);
     }
 
     // Where the chunks' terms for the thread's rows begin; -1 beyond the sequence.
