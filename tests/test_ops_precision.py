@@ -29,6 +29,10 @@ CASES = {
         bias="shared",
         head_dim=33,
     ),
+    "sequence-windows-of-tiles": Case(
+        700, 192, 32, kind="linear-layernorm", bias="none", head_dim=64, packed=True
+    ),
+    "causal": Case(560, 256, 32, kind="linear-layernorm", is_causal=True, head_dim=128, packed=True),
     "grid": Case((14, 14), 7, 2, kind="linear-layernorm", bias="per head", head_dim=64, packed=True),
     "grid-options": Case((11, 13), 4, 3, overlap=1, exclude=True, log_count=True, head_dim=48, noise=True),
 }

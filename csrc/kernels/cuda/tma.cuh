@@ -59,6 +59,41 @@ __device__ inline void store_box(const void* shared, const CUtensorMap& map, int
                  "l"(&map), "r"(d), "r"(x), "r"(y), "r"(head), "r"(batch)
                  : "memory");
 }
+// What the L2 cache is told of a copy.
+struct L2Policy {
+    uint64_t bits;
+
+    __device__ static L2Policy normal() {
+        L2Policy policy;
+        asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;\n" : "=l"(policy.bits));
+        return policy;
+    }
+    __device__ static L2Policy evict_first() {
+        L2Policy policy;
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy.bits));
+        return policy;
+    }
+};
+__device__ inline void load_box(void* shared, const CUtensorMap& map, uint64_t* barrier, int d, int x, int y,
+                                int head, int batch, L2Policy policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;\n" ::"r"(shared_address(shared)),
+        "l"(&map), "r"(shared_address(barrier)), "r"(d), "r"(x), "r"(y), "r"(head), "r"(batch),
+        "l"(policy.bits)
+        : "memory");
+}
+__device__ inline void store_box(const void* shared, const CUtensorMap& map, int d, int x, int y, int head,
+                                 int batch, L2Policy policy) {
+    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group.L2::cache_hint "
+                 "[%1, {%2, %3, %4, %5, %6}], [%0], %7;\n" ::"r"(shared_address(shared)),
+                 "l"(&map), "r"(d), "r"(x), "r"(y), "r"(head), "r"(batch), "l"(policy.bits)
+                 : "memory");
+}
+__device__ inline void prefetch_line(const void* global) {
+    asm volatile("prefetch.global.L1 [%0];\n" ::"l"(global));
+}
+
 __device__ inline void store_commit() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
 // Until the shared memory of this thread's stores may be used again.
 __device__ inline void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }

@@ -7,6 +7,7 @@
 #include "kernels/cuda/mma/window_attention_bwd.cuh"
 #include "kernels/cuda/mma/window_attention_bwd_blocks.cuh"
 #include "kernels/cuda/mma/window_attention_bwd_global.cuh"
+#include "kernels/cuda/mma/window_attention_bwd_sm90.cuh"
 
 namespace eva_attn::cuda::mma {
 
@@ -41,7 +42,8 @@ void Backward<S>::window_attention(const AttentionParams& p, cudaStream_t stream
         : is_general<WindowGradTraits<S, 64, true>>(p)
             ? launch_window_attention_bwd<WindowGradTraits<S, 64, true>>(p, stream)
             : launch_window_attention_bwd<WindowGradTraits<S, 64, false>>(p, stream);
-    } else {
+    } else if (!(is_narrow ? launch_window_attention_bwd_sm90<WindowGradSm90Traits<S, 64>>(p, stream)
+                           : launch_window_attention_bwd_sm90<WindowGradSm90Traits<S, 128>>(p, stream))) {
         !is_narrow ? launch_window_attention_bwd_blocks<BlockGradTraits<S, 128, true>>(p, stream)
         : p.dropout.threshold > 0
             ? launch_window_attention_bwd_blocks<BlockGradTraits<S, 64, true>>(p, stream)

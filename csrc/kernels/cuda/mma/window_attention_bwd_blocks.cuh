@@ -45,15 +45,19 @@ template <int kTiles>
 __device__ inline void add_chunk_term(float (&gradient)[kTiles][4], const void* term,
                                       const int64_t (&chunk_row)[2], int head_dim, const float (&factor)[2]) {
     const float* const from = static_cast<const float*>(term) + threadIdx.x % 4 * 2;
+    const bool same = chunk_row[0] == chunk_row[1];
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
+    for (int d = 0; d < kTiles; ++d) {
+        if (8 * d >= head_dim) continue;
+        float2 x{};
 #pragma unroll
-        for (int d = 0; d < kTiles; ++d) {
-            if (chunk_row[r] < 0 || 8 * d >= head_dim) continue;
-            const float2 x = *reinterpret_cast<const float2*>(from + chunk_row[r] + 8 * d);
+        for (int r = 0; r < 2; ++r) {
+            if (chunk_row[r] < 0) continue;
+            if (r == 0 || !same) x = *reinterpret_cast<const float2*>(from + chunk_row[r] + 8 * d);
             gradient[d][2 * r] += factor[r] * x.x;
             gradient[d][2 * r + 1] += factor[r] * x.y;
         }
+    }
 }
 
 template <class Traits>

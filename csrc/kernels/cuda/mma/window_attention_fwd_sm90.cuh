@@ -7,13 +7,12 @@
 #include <type_traits>
 
 #include "kernels/cuda/mma/online_softmax.cuh"
+#include "kernels/cuda/mma/persistent.cuh"
 #include "kernels/cuda/mma/product.cuh"
 #include "kernels/cuda/mma/windows.cuh"
 #include "kernels/cuda/tma.cuh"
 
 namespace eva_attn::cuda::mma {
-
-constexpr int kWarpgroupSize = 128;
 
 template <class S, int kHeadDim>
 struct AttentionSm90Traits {
@@ -37,19 +36,6 @@ struct AttentionSm90Traits {
     };
 };
 
-// Where a role stands in a ring of slots. It waits for every phase of those slots that it uses, as only the
-// parity of phases tells them apart.
-struct RingCursor {
-    int slot = 0;
-    uint32_t phase = 0;
-
-    __device__ void advance(int slots) {
-        if (++slot < slots) return;
-        slot = 0;
-        phase ^= 1;
-    }
-};
-
 struct AttentionSm90Plan {
     Windows windows;
     int batch, rows;
@@ -63,36 +49,6 @@ struct AttentionSm90Plan {
 
 struct AttentionSm90Maps {
     CUtensorMap query, key, value, landmark_key, landmark_value, output;
-};
-
-// Windows are numbered by head, then batch, then position: a CTA's share of them changes its head rarely.
-struct WindowCursor {
-    int head, batch, row, column;
-    int left; // in this CTA's share
-
-    __device__ static WindowCursor first(const AttentionSm90Plan& plan) {
-        const auto begin = static_cast<int>(blockIdx.x * plan.num_windows / gridDim.x);
-        const auto end = static_cast<int>((blockIdx.x + 1) * plan.num_windows / gridDim.x);
-        const int sequence = begin / plan.windows.num_windows, window = begin % plan.windows.num_windows;
-        return WindowCursor{
-            .head = sequence / plan.batch,
-            .batch = sequence % plan.batch,
-            .row = window / plan.windows.columns,
-            .column = window % plan.windows.columns,
-            .left = end - begin,
-        };
-    }
-    __device__ bool begins_sequence() const { return row == 0 && column == 0; }
-    __device__ void advance(const AttentionSm90Plan& plan) {
-        --left;
-        if (++column < plan.windows.columns) return;
-        column = 0;
-        if (++row < plan.rows) return;
-        row = 0;
-        if (++batch < plan.batch) return;
-        batch = 0;
-        ++head;
-    }
 };
 
 template <class S, int kHeadDim>

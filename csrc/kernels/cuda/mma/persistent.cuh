@@ -1,0 +1,55 @@
+// How the warps of a persistent block, each with a part of its own, go through windows and slots of tiles.
+#pragma once
+
+#include "kernels/cuda/mma/windows.cuh"
+
+namespace eva_attn::cuda::mma {
+
+constexpr int kWarpgroupSize = 128;
+
+// Where a role stands in a ring of slots. It waits for every phase of those slots that it uses, as only the
+// parity of phases tells them apart.
+struct RingCursor {
+    int slot = 0;
+    uint32_t phase = 0;
+
+    __device__ void advance(int slots) {
+        if (++slot < slots) return;
+        slot = 0;
+        phase ^= 1;
+    }
+};
+
+// Windows are numbered by head, then batch, then position: a CTA's share of them changes its head rarely.
+struct WindowCursor {
+    int head, batch, row, column;
+    int left; // in this CTA's share
+
+    template <class Plan>
+    __device__ static WindowCursor first(const Plan& plan) {
+        const auto begin = static_cast<int>(blockIdx.x * plan.num_windows / gridDim.x);
+        const auto end = static_cast<int>((blockIdx.x + 1) * plan.num_windows / gridDim.x);
+        const int sequence = begin / plan.windows.num_windows, window = begin % plan.windows.num_windows;
+        return WindowCursor{
+            .head = sequence / plan.batch,
+            .batch = sequence % plan.batch,
+            .row = window / plan.windows.columns,
+            .column = window % plan.windows.columns,
+            .left = end - begin,
+        };
+    }
+    __device__ bool begins_sequence() const { return row == 0 && column == 0; }
+    template <class Plan>
+    __device__ void advance(const Plan& plan) {
+        --left;
+        if (++column < plan.windows.columns) return;
+        column = 0;
+        if (++row < plan.rows) return;
+        row = 0;
+        if (++batch < plan.batch) return;
+        batch = 0;
+        ++head;
+    }
+};
+
+} // namespace eva_attn::cuda::mma
