@@ -9,6 +9,7 @@ struct VectorOf<float> {
     typedef float type __attribute__((vector_size(EVA_VECTOR_BYTES)));
     typedef float unaligned __attribute__((vector_size(EVA_VECTOR_BYTES), aligned(4), may_alias));
     typedef int32_t integer __attribute__((vector_size(EVA_VECTOR_BYTES)));
+    typedef uint32_t bits __attribute__((vector_size(EVA_VECTOR_BYTES)));
 };
 template <>
 struct VectorOf<double> {
@@ -133,6 +134,7 @@ inline void convert(float from, Half& to) {
 // exp for arguments up to about 0, where softmax needs it; below the smallest normal number the result is 0.
 [[gnu::always_inline]] inline Vec<float> exp(Vec<float> x) {
     using Integer = VectorOf<float>::integer;
+    using Bits = VectorOf<float>::bits;
     const Vec<float> magic = splat(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
     const Vec<float> shifted = x * splat(1.44269504f) + magic;
     const Vec<float> n = shifted - magic;
@@ -145,10 +147,10 @@ inline void convert(float from, Half& to) {
     p = p * r + splat(1.6666665459e-1f);
     p = p * r + splat(5.0000001201e-1f);
     p = p * (r * r) + r + splat(1.0f);
-    const Integer exponent = (reinterpret_cast<Integer>(shifted) << 23);
-    const Vec<float> result = reinterpret_cast<Vec<float>>(reinterpret_cast<Integer>(p) + exponent);
+    const Bits exponent = reinterpret_cast<Bits>(shifted) << 23;
+    const Bits result = reinterpret_cast<Bits>(p) + exponent; // wraps where x is tiny
     const Integer tiny = x < splat(-87.3f); // false for NaN, which stays
-    return reinterpret_cast<Vec<float>>(reinterpret_cast<Integer>(result) & ~tiny);
+    return reinterpret_cast<Vec<float>>(result & ~reinterpret_cast<Bits>(tiny));
 }
 inline Vec<double> exp(Vec<double> x) {
     Vec<double> result{};
