@@ -1,5 +1,6 @@
 #include "cpu/support.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
@@ -84,7 +85,13 @@ Tensor chunk_extents(const Shape& shape, const Tensor& mask) {
 }
 
 void add_in_order(const Tensor& sum, const Tensor& terms) {
-    for (int64_t i = 0; i < terms.size(0); ++i) sum.add_(terms.select(0, i));
+    const Tensor rows = terms.contiguous();
+    AT_DISPATCH_FLOATING_TYPES(sum.scalar_type(), "add_in_order", [&] {
+        scalar_t* const out = sum.mutable_data_ptr<scalar_t>();
+        const scalar_t* row = rows.const_data_ptr<scalar_t>();
+        for (int64_t i = 0; i < rows.size(0); ++i, row += sum.numel())
+            for (int64_t j = 0; j < sum.numel(); ++j) out[j] += row[j];
+    });
 }
 
 Tensor sum_in_order(const Tensor& terms) {

@@ -146,14 +146,23 @@ struct ChunkGroup {
         index = bh * chunks + first;
         local = local_head * chunks + first;
     }
+
+    // What is worth having in cache while chunk i is summarised: a chunk some tokens further on, if there is
+    // one.
+    Box ahead(const Geometry& g, int64_t i) const {
+        const int64_t chunk = first + i + detail::ceil_div(8, g.chunk_height * g.chunk_width);
+        return chunk < g.num_chunks() ? g.chunk_box(chunk) : Box{0, 0, 0, 0};
+    }
 };
 
+// Has number j of a box's tokens brought into cache.
 template <class S>
-inline void prefetch_chunk(std::initializer_list<const Rows*> tensors, const Shape& shape,
-                           const ChunkGroup& group, int64_t i) {
-    const Geometry& g = shape.geometry;
-    if (group.first + i < g.num_chunks())
-        prefetch<S>(tensors, g, group.batch, group.head, g.chunk_box(group.first + i), shape.head_dim);
+EVA_PREFETCH prefetch_member(std::initializer_list<const Rows*> tensors, const Shape& shape,
+                             const ChunkGroup& group, const Box& box, int64_t j) {
+    if (j < box.height() * box.width())
+        prefetch_token<S>(tensors, group.batch, group.head,
+                          shape.geometry.token(box.y0 + j / box.width(), box.x0 + j % box.width()),
+                          shape.head_dim);
 }
 
 // The softmax weights of a chunk's members, in double: where one is all but 1, gradients are what is left.
@@ -186,11 +195,14 @@ void chunk_summary_fwd(const SummaryParams& p, int64_t begin, int64_t end, char*
         zero(s.key_mean, group.count * ld);
         zero(s.query_mean, group.count * ld);
         for (int64_t i = 0; i < group.count; ++i) {
-            prefetch_chunk<S>({&p.query, &p.key, &p.value}, p.shape, group, i + 2);
+            const Box ahead = group.ahead(g, i);
             s.members.list(g, p.key_padding_mask, group.batch, group.first + i);
             const T divisor = mean_divisor<T>(p, s.members.size);
             const auto average = [&](const Rows& rows, T* mean, void* out) {
-                for (int64_t j = 0; j < s.members.size; ++j) add_scaled(mean, T(1), row(rows, j), head_dim);
+                for (int64_t j = 0; j < s.members.size; ++j) {
+                    prefetch_member<S>({&rows}, p.shape, group, ahead, j);
+                    add_scaled(mean, T(1), row(rows, j), head_dim);
+                }
                 T* saved = static_cast<T*>(out) + (group.index + i) * head_dim;
                 for (int64_t d = 0; d < head_dim; ++d) saved[d] = mean[d] = mean[d] / divisor;
             };
@@ -210,9 +222,12 @@ void chunk_summary_fwd(const SummaryParams& p, int64_t begin, int64_t end, char*
             make_omega(p, has_mu, group.index + i, landmark, s.landmark_query + i * ld, omega);
             s.members.list(g, p.key_padding_mask, group.batch, group.first + i);
             chunk_weights<S, T>(p, group, s, omega);
+            const Box ahead = group.ahead(g, i);
             zero(s.beta, ld);
-            for (int64_t j = 0; j < s.members.size; ++j)
+            for (int64_t j = 0; j < s.members.size; ++j) {
+                prefetch_member<S>({&p.value}, p.shape, group, ahead, j);
                 add_scaled(s.beta, static_cast<T>(s.weights[j]), row(p.value, j), head_dim);
+            }
             store_elements(s.beta, head_dim,
                            static_cast<S*>(p.landmark_value) + (group.index + i) * head_dim);
         }
@@ -293,7 +308,7 @@ void chunk_summary_bwd(const SummaryParams& p, int64_t begin, int64_t end, char*
         zero(grad_key, group.count * ld);
         zero(grad_query, group.count * ld);
         for (int64_t i = 0; i < group.count; ++i) {
-            prefetch_chunk<S>({&p.key, &p.value}, p.shape, group, i + 2);
+            const Box ahead = group.ahead(g, i);
             T* grad_beta = rows_of(p.grad_beta, group.local + i);
             zero(grad_beta, ld);
             for (int64_t piece = 0; piece < p.pieces; ++piece) {
@@ -310,6 +325,7 @@ void chunk_summary_bwd(const SummaryParams& p, int64_t begin, int64_t end, char*
             chunk_weights<S, T>(p, group, s, omega);
             double expectation = 0; // sum_j p_j (grad_beta . v_j)
             for (int64_t j = 0; j < s.members.size; ++j) {
+                prefetch_member<S>({&p.key, &p.value}, p.shape, group, ahead, j);
                 s.grad_p[j] = exact_dot(grad_beta, row(p.value, j), head_dim);
                 expectation += s.weights[j] * s.grad_p[j];
             }
@@ -370,8 +386,8 @@ void chunk_terms(const TermsParams& p, int64_t begin, int64_t end, char* scratch
         for (int64_t i = first; i < detail::min(first + kTokensPerTask, positions); ++i) {
             const int64_t y = i / g.grid_width, x = i % g.grid_width, token = g.token(y, x);
             if (const int64_t ahead = x + 8; ahead < g.grid_width)
-                prefetch<S>({&p.key, &p.grad_query, &p.grad_key, &p.grad_value}, g, batch, head,
-                            Box{y, y + 1, ahead, ahead + 1}, head_dim);
+                prefetch_token<S>({&p.key, &p.grad_query, &p.grad_key, &p.grad_value}, batch, head,
+                                  g.token(y, ahead), head_dim);
             if (is_padding(p.key_padding_mask, batch, g.num_tokens(), token)) continue;
             const T* key = view_row<S, T>(p.key, batch, head, token, head_dim, key_row);
             load_row<S, T>(p.grad_query, batch, head, token, head_dim, grad_query);

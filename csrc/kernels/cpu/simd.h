@@ -9,6 +9,7 @@ struct VectorOf<float> {
     typedef float type __attribute__((vector_size(EVA_VECTOR_BYTES)));
     typedef float unaligned __attribute__((vector_size(EVA_VECTOR_BYTES), aligned(4), may_alias));
     typedef int32_t integer __attribute__((vector_size(EVA_VECTOR_BYTES)));
+    typedef uint32_t bits __attribute__((vector_size(EVA_VECTOR_BYTES)));
 };
 template <>
 struct VectorOf<double> {
@@ -131,8 +132,9 @@ inline void convert(float from, Half& to) {
 }
 
 // exp for arguments up to about 0, where softmax needs it; below the smallest normal number the result is 0.
-inline Vec<float> exp(Vec<float> x) {
+[[gnu::always_inline]] inline Vec<float> exp(Vec<float> x) {
     using Integer = VectorOf<float>::integer;
+    using Bits = VectorOf<float>::bits;
     const Vec<float> magic = splat(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
     const Vec<float> shifted = x * splat(1.44269504f) + magic;
     const Vec<float> n = shifted - magic;
@@ -145,10 +147,10 @@ inline Vec<float> exp(Vec<float> x) {
     p = p * r + splat(1.6666665459e-1f);
     p = p * r + splat(5.0000001201e-1f);
     p = p * (r * r) + r + splat(1.0f);
-    const Integer exponent = (reinterpret_cast<Integer>(shifted) << 23);
-    const Vec<float> result = reinterpret_cast<Vec<float>>(reinterpret_cast<Integer>(p) + exponent);
+    const Bits exponent = reinterpret_cast<Bits>(shifted) << 23;
+    const Bits result = reinterpret_cast<Bits>(p) + exponent; // wraps where x is tiny
     const Integer tiny = x < splat(-87.3f); // false for NaN, which stays
-    return reinterpret_cast<Vec<float>>(reinterpret_cast<Integer>(result) & ~tiny);
+    return reinterpret_cast<Vec<float>>(result & ~reinterpret_cast<Bits>(tiny));
 }
 inline Vec<double> exp(Vec<double> x) {
     Vec<double> result{};
@@ -171,6 +173,7 @@ inline void product_tile(int64_t depth, const T* a, int64_t a_m, int64_t a_k, co
 #pragma GCC unroll 8
         for (int n = 0; n < Columns; ++n)
             accumulator[m][n] = init ? load(init + m * ldi + n * kWidth<T>) : Vec<T>{};
+#pragma GCC unroll 2
     for (int64_t k = 0; k < depth; ++k) {
         Vec<T> row[Columns];
 #pragma GCC unroll 8
@@ -314,20 +317,21 @@ inline S* row_of(const Rows& rows, int64_t batch, int64_t head, int64_t token) {
            token * rows.token_stride;
 }
 
-// Has the rows of a box of tokens brought into cache: they lie on pages of their own, where no hardware
-// prefetcher follows.
-template <class S>
-inline void prefetch(std::initializer_list<const Rows*> tensors, const Geometry& g, int64_t batch,
-                     int64_t head, const Box& box, int64_t head_dim) {
-    constexpr int64_t kLine = 64 / sizeof(S);
-    for (int64_t y = box.y0; y < box.y1; ++y)
-        for (int64_t x = box.x0; x < box.x1; ++x)
-            for (const Rows* rows : tensors) {
-                const S* p = row_of<S>(*rows, batch, head, g.token(y, x));
-                for (int64_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(p + d, 0, 2);
-            }
-}
+// A function that only prefetches is, to GCC, one without effect: its calls vanish unless they are inlined
+// first.
+#define EVA_PREFETCH [[gnu::always_inline]] inline void
 
+// Has a row of each tensor brought into cache: rows lie on pages of their own, where no hardware prefetcher
+// follows.
+template <class S>
+EVA_PREFETCH prefetch_token(std::initializer_list<const Rows*> tensors, int64_t batch, int64_t head,
+                            int64_t token, int64_t head_dim) {
+    constexpr int64_t kLine = 64 / sizeof(S);
+    for (const Rows* rows : tensors) {
+        const S* p = row_of<S>(*rows, batch, head, token);
+        for (int64_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(p + d);
+    }
+}
 // A row in T times `factor`, zeros behind head_dim up to a whole vector.
 template <class S, class T>
 inline void load_row(const Rows& rows, int64_t batch, int64_t head, int64_t token, int64_t head_dim,

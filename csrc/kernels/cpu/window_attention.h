@@ -8,13 +8,25 @@
 
 constexpr int64_t kTileElements = 16384; // of the score tile: 64 KB of floats, a fraction of L2
 constexpr int64_t kPrefixBlock = 256;    // keys that prefix queries take at a time
+constexpr int64_t kCachedBytes =
+    64 << 10; // of a head's queries: L2 then holds two heads of forward's tensors
 
 // A list of tokens with their places in the bias table.
 struct TokenList {
     int32_t* token;
     int32_t* place; // y * bias_width + x, ascending
+    int32_t* run;   // how many tokens from this one on lie in places side by side
     int64_t size = 0;
 
+    void find_runs() {
+        for (int64_t j = size - 1; j >= 0; --j)
+            run[j] = j + 1 < size && place[j + 1] == place[j] + 1 ? run[j + 1] + 1 : 1;
+    }
+    // Calls body(j, place of token j, length) for each run among the first `count`.
+    template <class Body>
+    void for_runs(int64_t count, Body body) const {
+        for (int64_t j = 0; j < count; j += run[j]) body(j, place[j], detail::min(run[j], count - j));
+    }
     // Calls body(j, place of token j) for the first `count`; where places lie side by side, in a way that
     // compilers make vectors of.
     template <class Body>
@@ -216,6 +228,7 @@ class WindowAttention : AttentionTile<S, T> {
                                 detail::min(g.window_width + 2 * g.overlap_x, g.grid_width);
         const int64_t columns = globals + detail::max(visible, window);
         ld_score = detail::max(Tile::column_room(landmarks, globals), Tile::column_room(globals, columns));
+        if (g.is_causal) ld_score = scratch_row(columns + 2 * kWidth<T>); // keys may begin at any column
         tile_rows = detail::max(kTileElements / ld_score, kTileRows);
         tile_rows = detail::ceil_div(window, detail::ceil_div(window, tile_rows)); // even shares
         const int64_t depth = whole_vectors<T>(head_dim);
@@ -233,6 +246,8 @@ class WindowAttention : AttentionTile<S, T> {
             const int64_t seen = g.windows_overlap() ? window : 0;
             grad_seen_key = arena.take<T>(seen * ld);
             grad_seen_value = arena.take<T>(seen * ld);
+            const int64_t bias_size = p.relative_bias ? g.bias_height * g.bias_width + kWidth<T> : 0;
+            grad_bias = arena.take<T>(bias_size);
         } else {
             value_rows = arena.take<T>(columns * ld);
         }
@@ -241,6 +256,7 @@ class WindowAttention : AttentionTile<S, T> {
         for (TokenList* list : {&queries, &keys, &own}) {
             list->token = arena.take<int32_t>(detail::max(visible, window));
             list->place = arena.take<int32_t>(detail::max(visible, window));
+            list->run = arena.take<int32_t>(detail::max(visible, window));
         }
         bytes = arena.used();
     }
@@ -256,14 +272,19 @@ class WindowAttention : AttentionTile<S, T> {
             });
             start_window(window);
             load_keys(g.key_box(window));
-            prefetch_window({&p.query, &p.key, &p.value, &p.output}, window + 1);
             for_queries(true, [&](int64_t i, int64_t rows) {
                 const int32_t* list = queries.token + i;
                 const int64_t columns = globals + count_visible(i, rows);
                 build_init(g.window_box(window), g.key_box(window), i, rows);
                 product<T>(rows, columns, head_dim, query, ld, 1, key_t, ld_score, score, ld_score, init,
                            ld_score);
-                softmax(list, rows, columns);
+                for (int64_t r = 0; r < rows; ++r) {
+                    if (tokens * head_dim * static_cast<int64_t>(sizeof(S)) <= kCachedBytes)
+                        prefetch_like({&p.query, &p.key, &p.value}, current_bh + 1, window, i + r);
+                    else
+                        prefetch_next_window({&p.query, &p.key, &p.value}, window, i + r);
+                    softmax_row(list[r], r, columns);
+                }
                 T* const out = query; // of no use any more
                 product<T>(rows, head_dim, columns, score, ld_score, 1, value_rows, ld, out, ld, nullptr, 0);
                 for (int64_t r = 0; r < rows; ++r)
@@ -275,27 +296,20 @@ class WindowAttention : AttentionTile<S, T> {
     // Gradients of the tokens in this task's windows, and the task's share of those of the global columns.
     void differentiate(int64_t task) {
         start(task);
-        const int64_t global_size = globals * padded(head_dim);
+        const int64_t global_size = (landmarks + g.num_prefix_tokens) * padded(head_dim);
         grad_global_key = static_cast<T*>(p.grad_global_key) + task * global_size;
         grad_global_value = static_cast<T*>(p.grad_global_value) + task * global_size;
-        if (globals > 0) {
+        if (global_size > 0) {
             zero(grad_global_key, global_size);
             zero(grad_global_value, global_size);
         }
-        T* bias_out = nullptr;
-        if (p.grad_relative_bias) {
-            bias_out = static_cast<T*>(p.grad_relative_bias) +
-                       (current_bh * p.pieces + task % p.pieces) * g.bias_height * g.bias_width;
-            zero(bias_out, g.bias_height * g.bias_width);
-        }
+        const int64_t bias_size = g.bias_height * g.bias_width;
+        if (bias) zero(grad_bias, bias_size);
         for (int64_t window = first_window; window < last_window; ++window) {
             finish_padding(g.window_box(window), [&](int64_t token) { Tile::zero_gradients(token); });
             list_tokens(g.window_box(window), own);
             if (own.size == 0) continue;
-            prefetch_window({&p.query, &p.key, &p.value, &p.output, &p.grad_output, &p.grad_query,
-                             &p.grad_key, &p.grad_value},
-                            window + 1);
-            query_pass(window, bias_out);
+            query_pass(window);
             if (g.windows_overlap()) own_keys_pass(window);
             if (g.num_prefix_tokens > 0) {
                 if (g.windows_overlap()) load_keys(g.window_box(window));
@@ -310,6 +324,10 @@ class WindowAttention : AttentionTile<S, T> {
             prefix_queries_pass(landmarks, g.num_prefix_tokens,
                                 grad_global_key + landmarks * padded(head_dim),
                                 grad_global_value + landmarks * padded(head_dim), padded(head_dim));
+        if (bias)
+            store_elements(grad_bias, bias_size,
+                           static_cast<T*>(p.grad_relative_bias) +
+                               (current_bh * p.pieces + task % p.pieces) * bias_size);
     }
 
   private:
@@ -323,12 +341,23 @@ class WindowAttention : AttentionTile<S, T> {
         Tile::start_head(bh);
         bias = p.relative_bias ? static_cast<const T*>(p.relative_bias) + head * p.relative_bias_head_stride
                                : nullptr;
-        load_columns(p.landmark_key, p.landmark_value, 0, landmarks, [](int64_t c) { return c; });
+        loaded_landmarks = 0;
+        if (g.is_causal) return;
+        load_landmarks(landmarks);
         load_columns(p.key, p.value, landmarks, g.num_prefix_tokens,
                      [&](int64_t t) { return is_padded(t) ? -1 : t; });
-        for (int64_t c = 0; c < landmarks; ++c) column_token[c] = static_cast<int32_t>(tokens + c);
         for (int64_t t = 0; t < g.num_prefix_tokens; ++t)
             column_token[landmarks + t] = static_cast<int32_t>(t);
+    }
+
+    // The first `count` landmarks; the columns behind them are free for keys.
+    void load_landmarks(int64_t count) {
+        const int64_t first = loaded_landmarks;
+        loaded_landmarks = count;
+        if (first >= count) return;
+        load_columns(p.landmark_key, p.landmark_value, first, count - first,
+                     [&](int64_t j) { return first + j; });
+        for (int64_t c = first; c < count; ++c) column_token[c] = static_cast<int32_t>(tokens + c);
     }
 
     // Keys and values of `count` columns from `column` on.
@@ -347,6 +376,7 @@ class WindowAttention : AttentionTile<S, T> {
         list_tokens(box, keys);
         load_columns(p.key, p.value, globals, keys.size, [&](int64_t j) { return keys.token[j]; });
         for (int64_t j = 0; j < keys.size; ++j) column_token[globals + j] = keys.token[j];
+        keys.find_runs();
     }
 
     // Valid tokens of a box.
@@ -361,18 +391,36 @@ class WindowAttention : AttentionTile<S, T> {
             }
     }
 
-    void prefetch_window(std::initializer_list<const Rows*> tensors, int64_t window) const {
-        if (window < last_window) prefetch<S>(tensors, g, batch, head, g.window_box(window), head_dim);
+    // Number i of a window's tokens is about to be used: has its like of what follows brought into cache, bit
+    // by bit beside the arithmetic.
+    EVA_PREFETCH prefetch_like(std::initializer_list<const Rows*> tensors, int64_t bh, int64_t window,
+                               int64_t i) const {
+        const Box box = g.window_box(window);
+        if (bh < p.shape.batch * p.shape.heads && i < box.height() * box.width())
+            prefetch_token<S>(tensors, bh / p.shape.heads, bh % p.shape.heads,
+                              g.token(box.y0 + i / box.width(), box.x0 + i % box.width()), head_dim);
+    }
+    EVA_PREFETCH prefetch_next_window(std::initializer_list<const Rows*> tensors, int64_t window,
+                                      int64_t i) const {
+        const bool last = window + 1 == g.num_windows();
+        prefetch_like(tensors, current_bh + last, last ? 0 : window + 1, i);
     }
 
     // The queries of a window, and what they see of the global columns.
     void start_window(int64_t window) {
         list_tokens(g.window_box(window), queries);
+        const Box visible = g.key_box(window);
+        if (g.is_causal) { // the landmarks that the last query sees, and of those inside of the window none
+            const int64_t outside = detail::ceil_div(visible.x0, g.chunk_width);
+            const int64_t before = (visible.x1 - 1) / g.chunk_width;
+            globals = detail::min(landmarks, p.exclude_window_landmarks ? outside : before);
+            load_landmarks(globals);
+        }
         const T* given =
             p.landmark_bias ? static_cast<const T*>(p.landmark_bias) + batch * landmarks : nullptr;
         const int32_t* extents = p.extents ? p.extents + batch * p.extents_batch_stride : nullptr;
-        const Box visible = g.key_box(window);
-        for (int64_t c = 0; c < landmarks; ++c) {
+        const int64_t seen = detail::min(landmarks, globals);
+        for (int64_t c = 0; c < seen; ++c) {
             global_row[c] = given ? given[c] : T(0);
             if (!extents) continue;
             const int32_t* e = extents + c * 4;
@@ -428,7 +476,7 @@ class WindowAttention : AttentionTile<S, T> {
             const int32_t token = queries.token[first + r];
             for (int64_t c = 0; c < globals; ++c) target[c] = global_row[c];
             if (g.is_causal)
-                for (int64_t c = token / g.chunk_width; c < landmarks; ++c) target[c] = -infinity<T>();
+                for (int64_t c = token / g.chunk_width; c < globals; ++c) target[c] = -infinity<T>();
             target += globals;
             const T* const entry = bias ? bias + center - queries.place[first + r] : nullptr;
             const int64_t visible = count_visible(first + r, 1);
@@ -441,38 +489,44 @@ class WindowAttention : AttentionTile<S, T> {
     }
 
     // Scores to unnormalised weights; leaves 1 / sum in delta (0 for a row that sees nothing).
-    void softmax(const int32_t* list, int64_t rows, int64_t columns) {
-        for (int64_t r = 0; r < rows; ++r) {
-            T* s = score + r * ld_score;
-            const T top = Tile::row_maximum(s, columns);
-            if (top == -infinity<T>()) {
-                zero(s, ld_score);
-                delta[r] = 0;
-                Tile::store_lse(list[r], infinity<T>());
-                continue;
-            }
-            Vec<T> total{};
-            for (int64_t j = 0; j < columns; j += kWidth<T>) {
-                const Vec<T> e = exp(load(s + j) - splat(top));
-                store(s + j, e);
-                total += e;
-            }
-            const T sum_of_row = sum<T>(total);
-            delta[r] = T(1) / sum_of_row;
-            Tile::store_lse(list[r], top + log(sum_of_row));
-            Tile::drop(s, list[r], column_token, columns);
+    void softmax_row(int64_t token, int64_t r, int64_t columns) {
+        T* s = score + r * ld_score;
+        const T top = Tile::row_maximum(s, columns);
+        if (top == -infinity<T>()) {
+            zero(s, ld_score);
+            delta[r] = 0;
+            Tile::store_lse(token, infinity<T>());
+            return;
         }
+        Vec<T> total{};
+        for (int64_t j = 0; j < columns; j += kWidth<T>) {
+            const Vec<T> e = exp(load(s + j) - splat(top));
+            store(s + j, e);
+            total += e;
+        }
+        const T sum_of_row = sum<T>(total);
+        delta[r] = T(1) / sum_of_row;
+        Tile::store_lse(token, top + log(sum_of_row));
+        Tile::drop(s, token, column_token, columns);
     }
 
-    // Scores of columns [first, first + count), which are `whole` rows or not, and their gradients.
-    void backward_scores(const int32_t* list, int64_t rows, int64_t first, int64_t count, bool whole) {
+    // Scores of columns [first, first + count), which are `whole` rows or not, and their gradients; beside
+    // each row, prefetch(row).
+    template <class Prefetch>
+    void backward_scores(const int32_t* list, int64_t rows, int64_t first, int64_t count, bool whole,
+                         Prefetch prefetch) {
         product<T>(rows, count, head_dim, query, ld, 1, key_t + first, ld_score, score + first, ld_score,
                    init + first, ld_score);
         product<T>(rows, count, head_dim, grad_out, ld, 1, value_t + first, ld_score, grad_score + first,
                    ld_score, nullptr, 0);
-        for (int64_t r = 0; r < rows; ++r)
+        for (int64_t r = 0; r < rows; ++r) {
+            prefetch(r);
             Tile::backward_row(score + r * ld_score + first, grad_score + r * ld_score + first, list[r], r,
                                column_token + first, count, whole);
+        }
+    }
+    void backward_scores(const int32_t* list, int64_t rows, int64_t first, int64_t count) {
+        backward_scores(list, rows, first, count, false, [](int64_t) {});
     }
 
     // The tile's share of the gradients of keys and values of columns [first, first + count): added to what
@@ -495,16 +549,18 @@ class WindowAttention : AttentionTile<S, T> {
     }
 
     // Gradients of the window's queries, of the global columns and, where no windows overlap, of the keys.
-    void query_pass(int64_t window, T* bias_out) {
+    void query_pass(int64_t window) {
         start_window(window);
         load_keys(g.key_box(window));
         for_queries(true, [&](int64_t i, int64_t rows) {
             build_init(g.window_box(window), g.key_box(window), i, rows);
             const int64_t visible = count_visible(i, rows), columns = globals + visible;
-            backward_scores(queries.token + i, rows, 0, columns, true);
+            backward_scores(queries.token + i, rows, 0, columns, true, [&](int64_t r) {
+                prefetch_next_window({&p.query, &p.key, &p.value, &p.grad_output}, window, i + r);
+            });
             key_gradients(rows, 0, globals, grad_global_key, grad_global_value, padded(head_dim), true);
             if (!g.windows_overlap()) add_own_gradients(i, rows, visible, grad_key, grad_value);
-            if (bias_out) add_bias_gradient(i, rows, bias_out);
+            if (bias) add_bias_gradient(i, rows);
             T* const grad_query = query; // of no use any more
             product<T>(rows, head_dim, columns, grad_score, ld_score, 1, key_rows, ld, grad_query, ld,
                        nullptr, 0);
@@ -514,13 +570,16 @@ class WindowAttention : AttentionTile<S, T> {
         });
     }
 
-    void add_bias_gradient(int64_t first, int64_t rows, T* bias_out) const {
-        T* const center = bias_out + (g.bias_height / 2) * g.bias_width + g.bias_width / 2;
+    void add_bias_gradient(int64_t first, int64_t rows) const {
+        T* const center = grad_bias + (g.bias_height / 2) * g.bias_width + g.bias_width / 2;
         for (int64_t r = 0; r < rows; ++r) {
             T* const entry = center - queries.place[first + r];
             const T* from = grad_score + r * ld_score + globals;
-            const int64_t visible = count_visible(first + r, 1);
-            keys.for_places(visible, [=](int64_t j, int64_t place) { entry[place] += from[j]; });
+            keys.for_runs(count_visible(first + r, 1), [=](int64_t j, int64_t place, int64_t length) {
+                for (int64_t n = 0; n < length; n += kWidth<T>)
+                    store(entry + place + n,
+                          load(entry + place + n) + first_lanes<T>(load(from + j + n), length - n));
+            });
         }
     }
 
@@ -541,7 +600,7 @@ class WindowAttention : AttentionTile<S, T> {
                 for_queries(false, [&](int64_t i, int64_t rows) {
                     build_init(g.window_box(other), seen, i, rows);
                     const int64_t visible = count_visible(i, rows);
-                    backward_scores(queries.token + i, rows, globals, visible, false);
+                    backward_scores(queries.token + i, rows, globals, visible);
                     add_own_gradients(i, rows, visible, grad_seen_key, grad_seen_value);
                 });
                 for (int64_t j = 0, at = 0; j < keys.size; ++j) {
@@ -566,7 +625,7 @@ class WindowAttention : AttentionTile<S, T> {
                         const bool visible = j < first + count && !is_padded(column_token[j]);
                         init[r * ld_score + j] = visible ? T(0) : -infinity<T>();
                     }
-                backward_scores(queries.token + i, rows, first, count, false);
+                backward_scores(queries.token + i, rows, first, count);
                 key_gradients(rows, first, count, key, value, ld_out, true);
             });
         }
@@ -586,7 +645,10 @@ class WindowAttention : AttentionTile<S, T> {
         bool operator==(const InitShape&) const = default;
     };
 
-    int64_t landmarks, globals, ld_score, tile_rows;
+    int64_t landmarks;        // of the head
+    int64_t globals;          // columns before the window's keys: what all its queries may see
+    int64_t loaded_landmarks; // in the first columns
+    int64_t ld_score, tile_rows;
     int64_t first_window = 0, last_window = 0;
     const T* bias = nullptr;                // [bias_height, bias_width]
     T *key_t, *value_t;                     // [head_dim, ld_score]
@@ -594,7 +656,8 @@ class WindowAttention : AttentionTile<S, T> {
     T *score, *grad_score, *init;           // [tile_rows, ld_score]
     T *grad_key, *grad_value;               // [window, ld], of the window's own tokens
     T *grad_seen_key, *grad_seen_value;     // [window, ld], of those that one window sees
-    T *grad_global_key, *grad_global_value; // [globals, padded D]
+    T *grad_global_key, *grad_global_value; // [landmarks + prefix, padded D]
+    T* grad_bias;                           // [bias_height * bias_width] with room for a vector behind
     T* global_row;                          // [globals]: biases, -inf where hidden
     int32_t* column_token;                  // [columns]: entry number in dropout's counter
     TokenList queries, keys, own;
