@@ -1,6 +1,9 @@
 """Attention functions: what an operator needs is put together here, and computed in `torch.ops.eva_attn`."""
 
-from typing import TYPE_CHECKING, Any
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +14,38 @@ from .geometry import Pair, Size
 if TYPE_CHECKING:
     from .modules import LandmarkProjection
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_DEVICES_WITH_KERNELS = {"cpu", "cuda", "meta"}
 
+
+def _or_plain(function: _Function) -> _Function:
+    """`function`, or its namesake in `reference` on devices without kernels and in exports to ONNX."""
+
+    @functools.wraps(function)
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        first: Any = args[0] if args else kwargs.get("query", kwargs.get("qkv"))
+        has_kernels = first is None or first.device.type in _DEVICES_WITH_KERNELS
+        if has_kernels and not torch.onnx.is_in_onnx_export():
+            return function(*args, **kwargs)
+        if not has_kernels:
+            _warn_of_plain(first.device.type)
+        from . import reference
+
+        return getattr(reference, function.__name__)(*args, **kwargs)
+
+    return choose  # type: ignore[return-value]
+
+
+@functools.cache
+def _warn_of_plain(device_type: str) -> None:
+    warnings.warn(
+        f"eva_attn has no kernels for {device_type}, and computes in plain PyTorch, with memory quadratic in "
+        "the number of tokens",
+        stacklevel=4,
+    )
+
+
+@_or_plain
 def eva_attention(
     query: Tensor,
     key: Tensor,
@@ -69,7 +103,7 @@ def eva_attention(
         dropout_p: probability of dropping each weight after the softmax, in [0, 1).
         scale: factor of the scores; None = D**-0.5.
 
-        `noise`, `relative_bias` and `landmark_bias` have query's dtype or float32.
+    `noise`, `relative_bias` and `landmark_bias` have query's dtype or float32.
 
     Returns:
         [B, H, N, D] of query's dtype, a view of [B, N, H, D] memory. A query that may attend to nothing gets
@@ -100,11 +134,11 @@ def eva_attention(
         dropout_p,
         scale,
     )
-    return torch.ops.eva_attn.eva_attention(
-        query, key, value, **options, **projection_arguments(projection), noise=noise
-    )[0]
+    options |= {**projection_arguments(projection), "noise": noise}
+    return _call(torch.ops.eva_attn.eva_attention, (query, key, value), options)[0]
 
 
+@_or_plain
 def eva_attention_qkvpacked(
     qkv: Tensor,
     *,
@@ -151,11 +185,11 @@ def eva_attention_qkvpacked(
         dropout_p,
         scale,
     )
-    return torch.ops.eva_attn.eva_attention_qkvpacked(
-        qkv, **options, **projection_arguments(projection), noise=noise
-    )[0]
+    options |= {**projection_arguments(projection), "noise": noise}
+    return _call(torch.ops.eva_attn.eva_attention_qkvpacked, (qkv,), options)[0]
 
 
+@_or_plain
 def chunk_summary(
     query: Tensor,
     key: Tensor,
@@ -179,23 +213,23 @@ def chunk_summary(
     """
     if query.dim() != 4:
         raise ValueError(f"query: expected [B, H, N, D], got shape {tuple(query.shape)}")
-    return torch.ops.eva_attn.chunk_summary(
-        query,
-        key,
-        value,
-        grid_size=geometry.grid(grid_size, query.shape[2], num_prefix_tokens),
-        chunk_size=geometry.pair("chunk_size", chunk_size, grid_size, 1),
-        chunk_overlap=geometry.pair("chunk_overlap", chunk_overlap, grid_size, 0),
-        num_prefix_tokens=num_prefix_tokens,
-        is_causal=is_causal,
-        noise=noise,
-        key_padding_mask=key_padding_mask,
-        scale=scale,
-        mean_divisor=mean_divisor,
+    options = {
+        "grid_size": geometry.grid(grid_size, query.shape[2], num_prefix_tokens),
+        "chunk_size": geometry.pair("chunk_size", chunk_size, grid_size, 1),
+        "chunk_overlap": geometry.pair("chunk_overlap", chunk_overlap, grid_size, 0),
+        "num_prefix_tokens": num_prefix_tokens,
+        "is_causal": is_causal,
+        "noise": noise,
+        "key_padding_mask": key_padding_mask,
+        "scale": scale,
+        "mean_divisor": mean_divisor,
         **projection_arguments(projection),
-    )[:2]
+    }
+    landmark_key, landmark_value, *_ = _call(torch.ops.eva_attn.chunk_summary, (query, key, value), options)
+    return landmark_key, landmark_value
 
 
+@_or_plain
 def window_attention(
     query: Tensor,
     key: Tensor,
@@ -245,7 +279,17 @@ def window_attention(
         dropout_p,
         scale,
     )
-    return torch.ops.eva_attn.window_attention(query, key, value, landmark_key, landmark_value, **options)[0]
+    tensors = (query, key, value, landmark_key, landmark_value)
+    return _call(torch.ops.eva_attn.window_attention, tensors, options)[0]
+
+
+def _call(op: Callable[..., Any], tensors: Sequence[Any], options: dict[str, Any]) -> Sequence[Tensor]:
+    """`op`, on the share of each process where the first of `tensors` is a DTensor."""
+    if hasattr(tensors[0], "device_mesh"):
+        from .distributed import call_on_shards
+
+        return call_on_shards(op, tensors, options)
+    return op(*tensors, **options)
 
 
 def expand_heads(query: Tensor, *tensors: Tensor) -> list[Tensor]:
@@ -261,6 +305,13 @@ def expand_heads(query: Tensor, *tensors: Tensor) -> list[Tensor]:
         return x.unsqueeze(2).expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
 
     return [expand(x) for x in tensors]
+
+
+def draw_noise(shape: Sequence[int], grid_size: Pair, chunk_size: Pair, device: torch.device) -> Tensor:
+    """Of random features in training: N(0, 1), float32 [B, H, C, D], for queries of `shape` [B, H, N, D]."""
+    batch, heads, _, head_dim = shape
+    rows, columns = geometry.chunk_grid(grid_size, chunk_size)
+    return torch.randn(batch, heads, rows * columns, head_dim, device=device, dtype=torch.float32)
 
 
 def draw_dropout_seed(device: torch.device) -> Tensor:
