@@ -14,11 +14,12 @@ base := .venv/.$(subst /,_,$(PYTHON))-$(torch)
 tools := .venv/.tools
 built := .venv/.built
 
-test_packages := torchvision timm transformers safetensors pytest hypothesis
+test_packages := torchvision timm transformers safetensors peft onnx onnxscript cmake pytest hypothesis
+docs_packages := mkdocs-material==9.8.2 mkdocstrings[python]==1.0.8
 lint_packages := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 cpp_files = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: demo test sanitize lint format clean
+.PHONY: demo test docs sanitize lint format clean
 
 # Runs on the CPU: without CUDA, unless that is built already, it starts minutes sooner.
 demo: $(or $(wildcard $(built)),$(built)-cpu)
@@ -26,6 +27,9 @@ demo: $(or $(wildcard $(built)),$(built)-cpu)
 
 test: $(built) lint
 	$(python) -m pytest
+
+docs: $(tools)
+	$(python) -m mkdocs build --strict
 
 # libstdc++ is loaded early too, or the sanitizer does not know of exceptions and the first one aborts; capture=sys
 # leaves the sanitizer's report to be seen.
@@ -58,7 +62,7 @@ $(built) $(built)-cpu: $(base) $(shell find csrc build_backend -type f) setup.py
 	@touch $@
 
 $(tools): $(base)
-	$(install) $(torch) $(test_packages) $(lint_packages)
+	$(install) $(torch) $(test_packages) $(lint_packages) $(docs_packages)
 	@touch $@
 
 $(base):

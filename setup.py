@@ -1,4 +1,4 @@
-"""Compiles `eva_attn._C` against the torch found here; pyproject.toml has the rest.
+"""Compiles the operators, `eva_attn/_C.*.so`, against the torch found here; pyproject.toml has the rest.
 
 Environment variables:
     CUDA_HOME             CUDA toolkit (default: that of the nvcc on PATH, then /usr/local/cuda)

@@ -46,9 +46,8 @@ if not _LIBRARY.exists():
 if _FACTS.exists():
     _check_torch(json.loads(_FACTS.read_text()))
 
-from . import _C  # noqa: E402
-
-_check_torch(_C.build_info())  # the file may have been left behind
+torch.ops.load_library(_LIBRARY)
+_check_torch(torch.ops.eva_attn.build_info())  # the file may have been left behind
 
 from . import estimators, flops, functional, official, reference  # noqa: E402, F401
 from .functional import eva_attention, eva_attention_qkvpacked  # noqa: E402
@@ -75,12 +74,16 @@ __all__ = [
 def build_info() -> dict[str, Any]:
     """What was compiled in, and what of it this CPU runs.
 
-    `version` (of eva_attn), `torch` and `compiler` (their versions), `cuda` (bool), `cuda_version` and
-    `cuda_arches` (None without CUDA), `cpu_only_reason` (None with CUDA), `cpu_capability` (the instruction
-    set that the CPU kernels use: "AVX512", "AVX2", or "DEFAULT" for the baseline).
+    `version` (of eva_attn), `library` (path of the compiled operators, which need torch but not Python),
+    `torch` and `compiler` (their versions), `cuda` (bool), `cuda_version` and `cuda_arches` (None without
+    CUDA), `cpu_only_reason` (None with CUDA), `cpu_capability` (the instruction set that the CPU kernels use:
+    "AVX512", "AVX2", or "DEFAULT" for the baseline).
     """
+    facts = torch.ops.eva_attn.build_info()
     return {
         "version": __version__,
-        **_C.build_info(),
+        "library": str(_LIBRARY),
+        **facts,
+        "cuda": facts["cuda_version"] is not None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }

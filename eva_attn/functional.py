@@ -1,7 +1,9 @@
 """Attention functions: what an operator needs is put together here, and computed in `torch.ops.eva_attn`."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,7 +41,38 @@ _ATTENTION_NAMES = (
     "scale",
 )
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_DEVICES_WITH_KERNELS = {"cpu", "cuda", "meta"}
 
+
+def _or_plain(function: _Function) -> _Function:
+    """`function`, or its namesake in `reference` on devices without kernels and in exports to ONNX."""
+
+    @functools.wraps(function)
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        first: Any = args[0] if args else kwargs.get("query", kwargs.get("qkv"))
+        has_kernels = first is None or first.device.type in _DEVICES_WITH_KERNELS
+        if has_kernels and not torch.onnx.is_in_onnx_export():
+            return function(*args, **kwargs)
+        if not has_kernels:
+            _warn_of_plain(first.device.type)
+        from . import reference
+
+        return getattr(reference, function.__name__)(*args, **kwargs)
+
+    return choose  # type: ignore[return-value]
+
+
+@functools.cache
+def _warn_of_plain(device_type: str) -> None:
+    warnings.warn(
+        f"eva_attn has no kernels for {device_type}, and computes in plain PyTorch, with memory quadratic in "
+        "the number of tokens",
+        stacklevel=4,
+    )
+
+
+@_or_plain
 def eva_attention(
     query: Tensor,
     key: Tensor,
@@ -97,7 +130,7 @@ def eva_attention(
         dropout_p: probability of dropping each weight after the softmax, in [0, 1).
         scale: factor of the scores; None = D**-0.5.
 
-        `noise`, `relative_bias` and `landmark_bias` have query's dtype or float32.
+    `noise`, `relative_bias` and `landmark_bias` have query's dtype or float32.
 
     Returns:
         [B, H, N, D] of query's dtype, a view of [B, N, H, D] memory. A query that may attend to nothing gets
@@ -128,10 +161,10 @@ def eva_attention(
         dropout_p,
         scale,
     )
-    weights, norm_eps = _projection_weights(projection)
-    return _eva_attention(query, key, value, *sizes, *weights, noise, *attention, norm_eps)[0]
+    return _attend(_eva_attention, (query, key, value), sizes, projection, noise, attention)
 
 
+@_or_plain
 def eva_attention_qkvpacked(
     qkv: Tensor,
     *,
@@ -178,10 +211,10 @@ def eva_attention_qkvpacked(
         dropout_p,
         scale,
     )
-    weights, norm_eps = _projection_weights(projection)
-    return _eva_attention_qkvpacked(qkv, *sizes, *weights, noise, *attention, norm_eps)[0]
+    return _attend(_eva_attention_qkvpacked, (qkv,), sizes, projection, noise, attention)
 
 
+@_or_plain
 def chunk_summary(
     query: Tensor,
     key: Tensor,
@@ -205,23 +238,23 @@ def chunk_summary(
     """
     if query.dim() != 4:
         raise ValueError(f"query: expected [B, H, N, D], got shape {tuple(query.shape)}")
-    return torch.ops.eva_attn.chunk_summary(
-        query,
-        key,
-        value,
-        grid_size=geometry.grid(grid_size, query.shape[2], num_prefix_tokens),
-        chunk_size=geometry.pair("chunk_size", chunk_size, grid_size, 1),
-        chunk_overlap=geometry.pair("chunk_overlap", chunk_overlap, grid_size, 0),
-        num_prefix_tokens=num_prefix_tokens,
-        is_causal=is_causal,
-        noise=noise,
-        key_padding_mask=key_padding_mask,
-        scale=scale,
-        mean_divisor=mean_divisor,
+    options = {
+        "grid_size": geometry.grid(grid_size, query.shape[2], num_prefix_tokens),
+        "chunk_size": geometry.pair("chunk_size", chunk_size, grid_size, 1),
+        "chunk_overlap": geometry.pair("chunk_overlap", chunk_overlap, grid_size, 0),
+        "num_prefix_tokens": num_prefix_tokens,
+        "is_causal": is_causal,
+        "noise": noise,
+        "key_padding_mask": key_padding_mask,
+        "scale": scale,
+        "mean_divisor": mean_divisor,
         **projection_arguments(projection),
-    )[:2]
+    }
+    landmark_key, landmark_value, *_ = _call(torch.ops.eva_attn.chunk_summary, (query, key, value), options)
+    return landmark_key, landmark_value
 
 
+@_or_plain
 def window_attention(
     query: Tensor,
     key: Tensor,
@@ -272,7 +305,39 @@ def window_attention(
         scale,
     )
     options = dict(zip(_SIZE_NAMES + _ATTENTION_NAMES, sizes + attention, strict=True))
-    return torch.ops.eva_attn.window_attention(query, key, value, landmark_key, landmark_value, **options)[0]
+    tensors = (query, key, value, landmark_key, landmark_value)
+    return _call(torch.ops.eva_attn.window_attention, tensors, options)[0]
+
+
+def _attend(
+    op: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    sizes: tuple[Any, ...],
+    projection: "LandmarkProjection | None",
+    noise: Tensor | None,
+    attention: tuple[Any, ...],
+) -> Tensor:
+    """The output of both halves by `op`, whose other arguments are in its schema's order."""
+    weights, norm_eps = _projection_weights(projection)
+    if not _is_distributed(tensors[0]):
+        return op(*tensors, *sizes, *weights, noise, *attention, norm_eps)[0]
+    names = (*_SIZE_NAMES, *_WEIGHT_NAMES, "noise", *_ATTENTION_NAMES, "norm_eps")
+    options = dict(zip(names, (*sizes, *weights, noise, *attention, norm_eps), strict=True))
+    return _call(op, tensors, options)[0]
+
+
+def _call(op: Callable[..., Any], tensors: Sequence[Any], options: dict[str, Any]) -> Sequence[Tensor]:
+    """`op`, on the share of each process where the first of `tensors` is a DTensor."""
+    if _is_distributed(tensors[0]):
+        from .distributed import call_on_shards
+
+        return call_on_shards(op, tensors, options)
+    return op(*tensors, **options)
+
+
+def _is_distributed(x: Tensor) -> bool:
+    """Whether it is a DTensor, whose class takes long to import."""
+    return hasattr(x, "device_mesh")
 
 
 def expand_heads(query: Tensor, *tensors: Tensor) -> list[Tensor]:
@@ -288,6 +353,13 @@ def expand_heads(query: Tensor, *tensors: Tensor) -> list[Tensor]:
         return x.unsqueeze(2).expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
 
     return [expand(x) for x in tensors]
+
+
+def draw_noise(shape: Sequence[int], grid_size: Pair, chunk_size: Pair, device: torch.device) -> Tensor:
+    """Of random features in training: N(0, 1), float32 [B, H, C, D], for queries of `shape` [B, H, N, D]."""
+    batch, heads, _, head_dim = shape
+    rows, columns = geometry.chunk_grid(grid_size, chunk_size)
+    return torch.randn(batch, heads, rows * columns, head_dim, device=device, dtype=torch.float32)
 
 
 def draw_dropout_seed(device: torch.device) -> Tensor:

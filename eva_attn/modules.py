@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import decoding, geometry
 from .decoding import DecodingState
-from .functional import eva_attention, eva_attention_qkvpacked
+from .functional import draw_noise, eva_attention, eva_attention_qkvpacked
 from .geometry import Pair, Size
 
 _PROJECTION_KINDS = ("linear-layernorm", "linear", "key-only", "identity")
@@ -184,10 +184,8 @@ class _EVA(nn.Module):
         if chunk_size is None:
             chunk_size = geometry.default_chunk_size(grid, self.num_landmarks, grid_size is not None)
         if noise is None and self.training:
-            rows, columns = geometry.chunk_grid(grid, geometry.pair("chunk_size", chunk_size, grid_size, 1))
-            noise = torch.randn(
-                batch, self.num_heads, rows * columns, self.head_dim, device=device, dtype=torch.float32
-            )
+            shape = (batch, self.num_heads, num_tokens, self.head_dim)
+            noise = draw_noise(shape, grid, geometry.pair("chunk_size", chunk_size, grid_size, 1), device)
         return {
             "window_size": self.window_size,
             "chunk_size": chunk_size,
@@ -300,8 +298,8 @@ class EVAttention(_ProjectedEVA):
 
     Args:
         dim: channels of input and output. `num_heads` divides it.
-        window_size, chunk_size, overlap, chunk_overlap, num_prefix_tokens, exclude_window_landmarks,
-            log_count_bias: see `eva_attn.eva_attention`.
+        window_size, chunk_size, overlap, chunk_overlap: see `eva_attn.eva_attention`.
+        num_prefix_tokens, exclude_window_landmarks, log_count_bias: likewise.
         num_landmarks: where `chunk_size` is None, it is n // num_landmarks for n tokens after the prefix, on
             a grid the integer root of that both ways, and at least 1.
         grid_size: (height, width) of the tokens after the prefix, where `forward` is not told.

@@ -28,11 +28,13 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def _checked(function: _Function) -> _Function:
     """`function`, refusing what its namesake in `functional` refuses: that one runs first, on the meta
-    device."""
-    operator, signature = getattr(functional, function.__name__), inspect.signature(function)
+    device, except in compiled code."""
+    operator, signature = getattr(functional, function.__name__).__wrapped__, inspect.signature(function)
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
         device = next(iter(given.values())).device
         on_meta: dict[int, Any] = {}

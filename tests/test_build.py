@@ -13,7 +13,8 @@ import torch
 import eva_attn
 
 PACKAGE = Path(eva_attn.__file__).parent
-FACTS = Path(eva_attn._C.__file__).with_suffix(".json")
+LIBRARY = Path(eva_attn.build_info()["library"])
+FACTS = LIBRARY.with_suffix(".json")
 
 
 def import_a_copy(folder: Path, *, library: bytes | None = None, **changed: Any) -> str:
@@ -21,7 +22,7 @@ def import_a_copy(folder: Path, *, library: bytes | None = None, **changed: Any)
     copy = folder / "eva_attn"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "_C.*"))
     if library is not None:
-        copy.joinpath(Path(eva_attn._C.__file__).name).write_bytes(library)
+        copy.joinpath(LIBRARY.name).write_bytes(library)
         copy.joinpath(FACTS.name).write_text(json.dumps(json.loads(FACTS.read_text()) | changed))
     done = subprocess.run(
         [sys.executable, "-c", "import eva_attn"],
@@ -69,5 +70,5 @@ def test_a_package_without_its_library_says_how_to_build_it(tmp_path: Path) -> N
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' torch does not use OpenMP")
 def test_kernels_run_on_threads() -> None:
     """Compiled without OpenMP, torch's `parallel_for` is a plain loop."""
-    library = Path(eva_attn._C.__file__).read_bytes()
+    library = LIBRARY.read_bytes()
     assert b"GOMP_parallel" in library or b"__kmpc_fork_call" in library

@@ -97,16 +97,12 @@ auto to_array(Tuple&& tuple) {
 }
 
 template <class Op, class Inputs, class Options>
-class Node;
+struct Formula;
 
 // An `Op` also has kNumDifferentiable, how many of its outputs carry a gradient (the first ones), and
 // has_gradient(i): whether tensor argument i gets one; the backward op returns them in this order.
 template <class Op, class... Inputs, class... Options>
-class Node<Op, Types<Inputs...>, Types<Options...>>
-    : public torch::autograd::Function<Node<Op, Types<Inputs...>, Types<Options...>>> {
-  public:
-    static constexpr bool is_traceable = true;
-
+struct Formula<Op, Types<Inputs...>, Types<Options...>> {
     // Outputs without a gradient leave through the pointer.
     static variable_list forward(AutogradContext* context, Tensors<Op::kNumOutputs>* outputs,
                                  Inputs... inputs, Options... options) {
@@ -145,12 +141,17 @@ class Node<Op, Types<Inputs...>, Types<Options...>>
         return std::move(list.list);
     }
 
-  private:
     template <class... T>
     static std::tuple<Owned<T>...> owned_gradients(Types<T...>, const variable_list& gradients) {
         Reader reader{nullptr, gradients};
         return std::tuple<Owned<T>...>{reader.template next<T>()...};
     }
+};
+
+// What profilers and `grad_fn` show: a name without the types of the options.
+template <class Op>
+struct Node : Formula<Op, typename Op::Inputs, typename Op::Options>, torch::autograd::Function<Node<Op>> {
+    static constexpr bool is_traceable = true;
 };
 
 // Whether a forward has to be recorded; where not, a Node would cost several times the dispatch.
@@ -165,14 +166,10 @@ bool is_recorded(const T&) {
 }
 
 template <class Op, class Signature>
-class BackwardNode;
+struct BackwardFormula;
 
 template <class Op, class Results, class... Arguments>
-class BackwardNode<Op, Results(Arguments...)>
-    : public torch::autograd::Function<BackwardNode<Op, Results(Arguments...)>> {
-  public:
-    static constexpr bool is_traceable = true;
-
+struct BackwardFormula<Op, Results(Arguments...)> {
     static variable_list forward(AutogradContext*, Arguments... arguments) {
         const at::AutoDispatchBelowADInplaceOrView below;
         const auto gradients = to_array(backward_op<Op>().call(arguments...));
@@ -183,6 +180,12 @@ class BackwardNode<Op, Results(Arguments...)>
         TORCH_CHECK_NOT_IMPLEMENTED(false, Op::kName,
                                     " has no second derivative: it supports first-order gradients only");
     }
+};
+
+template <class Op>
+struct BackwardNode : BackwardFormula<Op, BackwardSignature<Op>>,
+                      torch::autograd::Function<BackwardNode<Op>> {
+    static constexpr bool is_traceable = true;
 };
 
 } // namespace detail
@@ -196,7 +199,7 @@ struct AutogradForward<Op, Types<Inputs...>, Types<Options...>> {
             const at::AutoDispatchBelowADInplaceOrView below;
             return forward_op<Op>().call(inputs..., options...);
         }
-        using Node = detail::Node<Op, Types<Inputs...>, Types<Options...>>;
+        using Node = detail::Node<Op>;
         Tensors<Op::kNumOutputs> outputs;
         const auto differentiable = Node::apply(&outputs, inputs..., options...);
         std::get<0>(outputs) = differentiable[0];
@@ -210,8 +213,7 @@ struct AutogradBackward;
 template <class Op, class Results, class... Arguments>
 struct AutogradBackward<Op, Results(Arguments...)> {
     static Results call(Arguments... arguments) {
-        using Node = detail::BackwardNode<Op, Results(Arguments...)>;
-        const auto list = Node::apply(arguments...);
+        const auto list = detail::BackwardNode<Op>::apply(arguments...);
         Results results;
         size_t i = 0;
         std::apply([&](auto&... result) { ((result = list[i++]), ...); }, results);

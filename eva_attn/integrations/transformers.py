@@ -5,6 +5,8 @@ parameters, and with `config.eva_attention`, a dict, as settings. "eva_replaced"
 sets: EVA in modules that have one as `eva`, softmax in others.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ from transformers.masking_utils import (  # type: ignore[import-not-found]
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # type: ignore[import-not-found]
 
-from ..functional import eva_attention
+from .. import geometry
+from ..functional import draw_noise, eva_attention
 from ..geometry import Pair
 from ..modules import _EVA
 from .registry import NotReplaced, Site, TokenLayout, require_layout
@@ -118,17 +121,26 @@ def eva_attention_forward(
     else:
         options |= _CAUSAL_DEFAULTS if is_causal else _SEQUENCE_DEFAULTS
     options |= getattr(config, "eva_attention", None) or {}
-    if options["projection"] != "identity":
-        raise ValueError(
-            f"config.eva_attention: expected projection 'identity', got {options['projection']!r}: "
-            "replace_attention makes projections with parameters"
-        )
-    eva = AttentionCore(query.shape[1], query.shape[3], options, is_causal=is_causal)
-    return _attend(eva.train(module.training), query, key, value, attention_mask, **kwargs)
+    for name, expected in (("projection", "identity"), ("relative_bias", None)):
+        if options.pop(name) != expected:
+            raise ValueError(
+                f"config.eva_attention: expected {name} {expected!r}, as what has parameters is for "
+                "replace_attention to make"
+            )
+    grid_size = options.get("grid_size")
+    grid = geometry.grid(grid_size, query.shape[2], options.get("num_prefix_tokens", 0))
+    num_landmarks = options.pop("num_landmarks", None)
+    if options["chunk_size"] is None:
+        options["chunk_size"] = geometry.default_chunk_size(grid, num_landmarks, grid_size is not None)
+    if module.training:
+        chunk = geometry.pair("chunk_size", options["chunk_size"], grid_size, 1)
+        options["noise"] = draw_noise(query.shape, grid, chunk, query.device)
+    attend = functools.partial(eva_attention, is_causal=is_causal, **options)
+    return _attend(attend, query, key, value, attention_mask, **kwargs)
 
 
 def _attend(
-    eva: nn.Module,
+    eva: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
