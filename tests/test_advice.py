@@ -1,4 +1,4 @@
-"""Advice on settings: times between measured ones and none beyond, counts as they are, softmax where it wins."""
+"""Advice on settings: times between measured ones, none beyond, and softmax where it wins."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Converted models: nearer to the original after fitting, exact where EVA is, like any other model besides."""
+"""Converted models: nearer to the original after fitting, exact where EVA is, and models like any other."""
 
 import copy
 from typing import Any
@@ -235,7 +235,7 @@ def test_the_report_prints_and_draws(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     report = convert(encoder(), sequences(2), steps=10, window_size=8, chunk_size=4)
     assert capsys.readouterr().err.count("fitting: step") == 10
-    header, first, second, mean = str(report).splitlines()
+    header, first, _, mean = str(report).splitlines()
     assert header.split() == ["gap", "to", "softmax", "swapped", "fitted"]
     assert first.split() == [
         "layers.0.self_attn",
