@@ -14,64 +14,62 @@ from typing import Any
 
 import torch
 
-from eva_attn.advice import MEASURED, SETTINGS
-from eva_attn.geometry import default_chunk_size
+from eva_attn import LandmarkProjection, eva_attention_qkvpacked
+from eva_attn.advice import MEASURED, AttentionShape
 
 from . import harness
-from .attention import DTYPES, PASSES, calls_of
-from .cases import Case, Pair
-from .peers import make_peers, softmax_backends
+from .attention import DTYPES
+from .cases import Pair
+from .peers import softmax_attention, softmax_backends
 
-# Grids, and lengths of sequences.
-SIZES: dict[str, dict[str, list[Pair]]] = {
-    "cpu": {
-        "grid": [(14, 14), (28, 28), (56, 56), (112, 112)],
-        "sequence": [(1, 512), (1, 2048), (1, 8192)],
-        "causal": [(1, 512), (1, 2048), (1, 8192)],
-    },
-    "cuda": {
-        "grid": [(14, 14), (28, 28), (56, 56), (112, 112)],
-        "sequence": [(1, 512), (1, 2048), (1, 8192), (1, 65536)],
-        "causal": [(1, 512), (1, 2048), (1, 8192), (1, 65536)],
-    },
-}
+# Grids, without and with a class token, and lengths of sequences.
+GRIDS = [(14, 14), (28, 28), (56, 56), (112, 112)]
+LENGTHS = {"cpu": [512, 2048, 8192], "cuda": [512, 2048, 8192, 65536]}
 HEAD_DIMS = {"cpu": [32, 64], "cuda": [32, 64, 128]}
 TOKENS = {"cpu": 2**14, "cuda": 12 * 2**16}  # of all heads and sequences, so that the device is full
 
 
-def cases(device_type: str, head_dims: list[int]) -> Iterator[tuple[str, Pair, Case]]:
-    """Kind, setting and case."""
-    for kind, sizes in SIZES[device_type].items():
-        for head_dim in head_dims:
-            for grid in sizes:
-                tokens = math.prod(grid)
-                heads = max(2 if device_type == "cpu" else 1, TOKENS[device_type] // tokens)
-                for window, number in SETTINGS[kind]:
-                    chunk = number if kind == "causal" else default_chunk_size(grid, number, kind == "grid")
-                    if chunk == 1 or window >= max(grid):
-                        continue
-                    both = (lambda size: (size, size)) if kind == "grid" else (lambda size: (1, size))
-                    case = Case(
-                        f"{kind}_{tokens}_{window}_{number}_{head_dim}",
-                        *(1, heads, 1, heads),
-                        grid=grid,
-                        window=both(window),
-                        chunk=both(chunk),
-                        head_dim=head_dim,
-                        is_causal=kind == "causal",
-                    )
-                    yield kind, (window, number), case
+def shapes(device_type: str, head_dims: list[int]) -> Iterator[AttentionShape]:
+    def shape(tokens: int, head_dim: int, **layout: Any) -> AttentionShape:
+        heads = max(2, TOKENS[device_type] // tokens)
+        return AttentionShape(1, heads, tokens, head_dim, **layout)
+
+    for head_dim in head_dims:
+        for grid in GRIDS:
+            for prefix in (0, 1):
+                yield shape(math.prod(grid), head_dim, grid_size=grid, num_prefix_tokens=prefix)
+        for is_causal in (False, True):
+            for length in LENGTHS[device_type]:
+                yield shape(length, head_dim, is_causal=is_causal)
 
 
-def measure(case: Case, device: torch.device, dtype: str, peer: str, repeats: int) -> dict[str, float]:
-    """Milliseconds a head of one sequence, forward and in training."""
-    batch, heads = case.batch_and_heads(device.type)
-    peers = make_peers(case, device, DTYPES[dtype], [peer])
-    times = {}
-    for name, backward in zip(("forward", "training"), PASSES.values(), strict=True):
-        timing = harness.measure(calls_of(peers, backward), device, repeats=repeats)[peer]
-        times[name] = float(f"{timing.median * 1e3 / (batch * heads):.4g}")
-    return times
+def measure(
+    shape: AttentionShape, setting: Pair | None, device: torch.device, dtype: torch.dtype, repeats: int
+) -> dict[str, float]:
+    """Milliseconds a head of one sequence, forward and in training; softmax where `setting` is None."""
+    tokens = shape.tokens + shape.num_prefix_tokens
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randn(shape.batch, tokens, 3, shape.heads, shape.head_dim, generator=generator)
+    packed = packed.to(device, dtype)
+    if setting is None:
+        leaves = [x.transpose(1, 2).contiguous().requires_grad_() for x in packed.unbind(2)]
+        backend = next(iter(softmax_backends(device.type, dtype).values()))
+        function = softmax_attention(*leaves, shape.is_causal, backend)
+    else:
+        projection = LandmarkProjection(shape.head_dim, device=device, dtype=dtype)
+        leaves = [packed.requires_grad_(), *projection.parameters()]
+        geometry = shape.geometry(setting)
+
+        def function() -> torch.Tensor:
+            return eva_attention_qkvpacked(packed, projection=projection, **geometry)
+
+    calls = {
+        "forward": harness.forward_only(function),
+        "training": harness.forward_and_backward(function, leaves),
+    }
+    timings = harness.measure(calls, device, repeats=repeats)
+    per_head = 1e3 / (shape.batch * shape.heads)
+    return {name: float(f"{timing.median * per_head:.4g}") for name, timing in timings.items()}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -88,24 +86,21 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     device = torch.device(options.device)
     dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
-    softmax = next(iter(softmax_backends(device.type, DTYPES[dtype])))
     facts = harness.environment(device)
     print(harness.headline(facts))
     results: list[dict[str, Any]] = []
-    softmax_times: dict[str, dict[str, float]] = {}
-    for kind, setting, case in cases(device.type, options.head_dims or HEAD_DIMS[device.type]):
-        about = {"kind": kind, "tokens": case.tokens, "head_dim": case.head_dim}
-        problem = f"{kind}, {case.tokens} tokens, D {case.head_dim}"
-        if problem not in softmax_times:
-            softmax_times[problem] = measure(case, device, dtype, softmax, options.repeats)
-            results.append({**about, "setting": None, **softmax_times[problem]})
-        times = measure(case, device, dtype, "eva", options.repeats)
-        results.append({**about, "setting": list(setting), **times})
-        faster = softmax_times[problem]["training"] / times["training"]
-        print(f"{problem}, {setting}: {times['training']:.4g} ms a head, {faster:.2f}x {softmax}", flush=True)
+    for shape in shapes(device.type, options.head_dims or HEAD_DIMS[device.type]):
+        about = {"kind": shape.kind, "tokens": shape.tokens, "head_dim": shape.head_dim}
+        softmax = measure(shape, None, device, DTYPES[dtype], options.repeats)
+        results.append({**about, "setting": None, **softmax})
+        for setting in shape.settings():
+            times = measure(shape, setting, device, DTYPES[dtype], options.repeats)
+            results.append({**about, "setting": list(setting), **times})
+            faster = softmax["training"] / times["training"]
+            print(f"{shape}, {setting}: {times['training']:.4g} ms, {faster:.2f}x softmax", flush=True)
     slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
     path = options.json or MEASURED / f"{slug}-{dtype}.json"
-    head = json.dumps({**facts, "dtype": dtype, "softmax": softmax})[:-1]
+    head = json.dumps({**facts, "dtype": dtype})[:-1]
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n  ".join(map(json.dumps, results))
     path.write_text(f'{head}, "results": [\n  {lines}\n]}}\n')

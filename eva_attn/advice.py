@@ -49,7 +49,39 @@ class AttentionShape:
 
     @property
     def kind(self) -> str:
+        """What times are comparable: prefix tokens can take other kernels."""
+        prefixed = "prefixed " if self.num_prefix_tokens else ""
+        return prefixed + self._layout
+
+    @property
+    def _layout(self) -> str:
         return "causal" if self.is_causal else "sequence" if self.grid_size is None else "grid"
+
+    def settings(self) -> list[tuple[int, int]]:
+        """Those of `SETTINGS` that differ from softmax here."""
+        grid = self.grid_size or (1, self.tokens)
+        return [
+            (window, number)
+            for window, number in SETTINGS[self._layout]
+            if window < max(grid) and self._chunk_size(number) > 1
+        ]
+
+    def geometry(self, setting: tuple[int, int]) -> dict[str, Any]:
+        """The arguments of `eva_attention` for a setting."""
+        window, number = setting
+        return {
+            "window_size": window,
+            "chunk_size": self._chunk_size(number),
+            "grid_size": self.grid_size,
+            "num_prefix_tokens": self.num_prefix_tokens,
+            "is_causal": self.is_causal,
+        }
+
+    def _chunk_size(self, number: int) -> int:
+        if self.is_causal:
+            return number
+        grid = self.grid_size or (1, self.tokens)
+        return geometry.default_chunk_size(grid, number, self.grid_size is not None)
 
     def __str__(self) -> str:
         tokens = (
@@ -152,7 +184,7 @@ def advise(
 
     Times are interpolated, in logarithms of tokens and head dimension, between those that
     `python -m benchmarks.choices` measured; none are guessed beyond them. EVA is timed with a
-    linear-layernorm projection and, on grids, a relative bias, without prefix tokens. Softmax is
+    linear-layernorm projection, without relative bias, and on grids with no or one prefix token. Softmax is
     `scaled_dot_product_attention` by its fastest backend.
 
     Args:
@@ -258,24 +290,18 @@ def _choices(shape: AttentionShape, dtype: torch.dtype, rows: Rows) -> Iterator[
     saved = math.prod(whole[:3]) * (4 * head_dim * dtype.itemsize + 4)
     times = _milliseconds(shape, None, rows)
     yield Choice("softmax", None, sdpa_flop_count(whole, whole, whole), saved, times)
-    grid = shape.grid_size or (1, shape.tokens)
-    for window, number in SETTINGS[shape.kind]:
-        if shape.is_causal:
-            chunk, words = number, f"window {window}, chunk {number}"
-            options = {"window_size": window, "chunk_size": chunk}
-        else:
-            chunk = geometry.default_chunk_size(grid, number, shape.kind == "grid")
-            side = f"{window} x {window}" if shape.kind == "grid" else str(window)
-            words = f"window {side}, {number} landmarks"
-            options = {"window_size": window, "num_landmarks": number}
-        if chunk == 1 or window >= max(grid):
-            continue
-        flops, saved = _count(shape, whole, dtype, window, chunk)
-        yield Choice(words, options, flops, saved, _milliseconds(shape, (window, number), rows))
+    for setting in shape.settings():
+        window, number = setting
+        side = str(window) if shape.grid_size is None else f"{window} x {window}"
+        words = f"chunk {number}" if shape.is_causal else f"{number} landmarks"
+        options = {"window_size": window, "chunk_size" if shape.is_causal else "num_landmarks": number}
+        flops, saved = _count(shape, setting, whole, dtype)
+        times = _milliseconds(shape, setting, rows)
+        yield Choice(f"window {side}, {words}", options, flops, saved, times)
 
 
 def _count(
-    shape: AttentionShape, whole: tuple[int, ...], dtype: torch.dtype, window: int, chunk: int
+    shape: AttentionShape, setting: tuple[int, int], whole: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[int, int]:
     """Operations of EVA forward, and bytes that it keeps for its backward pass; nothing is computed."""
     query, key, value = (torch.empty(whole, dtype=dtype, device="meta", requires_grad=True) for _ in range(3))
@@ -290,16 +316,7 @@ def _count(
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
     ):
-        out = eva_attention(
-            query,
-            key,
-            value,
-            window_size=window,
-            chunk_size=chunk,
-            grid_size=shape.grid_size,
-            num_prefix_tokens=shape.num_prefix_tokens,
-            is_causal=shape.is_causal,
-        )
+        out = eva_attention(query, key, value, **shape.geometry(setting))
     total = sum(kept.values())
     del out
     return counter.get_total_flops(), total

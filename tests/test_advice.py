@@ -104,12 +104,17 @@ def test_counts_what_runs_and_is_kept(is_causal):
 
 def test_models(table):
     timm = pytest.importorskip("timm")
-    model = timm.create_model("vit_tiny_patch16_224", img_size=448, depth=3)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=448, depth=3, class_token=False, global_pool="avg"
+    )
     keys = model.state_dict().keys()
     (found,) = advise(model, batch_size=4, table=table)
     assert model.state_dict().keys() == keys
-    assert str(found.shape) == "batch 4, 3 heads of 64, 28 x 28 tokens and 1 before them, in 3 layers"
+    assert str(found.shape) == "batch 4, 3 heads of 64, 28 x 28 tokens, in 3 layers"
     assert found.choices[0].milliseconds[0] == pytest.approx(12 * 64 * 784**2 / 1e6)
+    (prefixed,) = advise(timm.create_model("vit_tiny_patch16_224", img_size=448, depth=3), table=table)
+    assert str(prefixed.shape) == "batch 1, 3 heads of 64, 28 x 28 tokens and 1 before them, in 3 layers"
+    assert prefixed.best is None
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 2, batch_first=True), 2)
     (found,) = advise(encoder, num_tokens=1024)
     assert (found.shape.kind, found.shape.tokens, found.shape.layers) == ("sequence", 1024, 2)
@@ -152,14 +157,16 @@ def test_tables_of_the_package(path):
 
 
 def test_commands(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(choices.SIZES, "cpu", {"grid": [(28, 28)], "causal": [(1, 256)]})
+    monkeypatch.setattr(choices, "GRIDS", [(28, 28)])
+    monkeypatch.setitem(choices.LENGTHS, "cpu", [256])
     monkeypatch.setitem(choices.TOKENS, "cpu", 784)
     path = tmp_path / "table.json"
     choices.main(["--head-dims=8", "--repeats=1", f"--json={path}"])
-    assert "x sdpa" in capsys.readouterr().out
+    assert "x softmax" in capsys.readouterr().out
     content = json.loads(path.read_text())
-    settings = [row["setting"] for row in content["results"]]
-    assert settings == [None, *map(list, advice.SETTINGS["grid"]), None, [128, 64]]
+    settings = [row["setting"] for row in content["results"] if row["kind"] == "prefixed grid"]
+    assert settings == [None, *map(list, advice.SETTINGS["grid"])]
+    assert {row["kind"] for row in content["results"]} == {"grid", "prefixed grid", "sequence", "causal"}
     __main__.main([*["1", "2", "784", "8", "--grid", "28", "28"], f"--table={path}"])
     printed = capsys.readouterr().out
     assert f"1, 2 heads of 8, 28 x 28 tokens; float32 on {HERE}" in printed

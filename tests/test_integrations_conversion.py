@@ -144,6 +144,64 @@ def test_trains_on_like_any_model():
     assert all(not torch.equal(start[name], x) for name, x in model.named_parameters() if x.dim() > 1)
 
 
+def classifier() -> nn.Module:
+    """Converted, of transformers: tokens to one of two classes."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.BertForSequenceClassification(config)
+    convert(model, [{"input_ids": torch.arange(32)[None]}], steps=1, **LOCAL)
+    return model
+
+
+EXAMPLES = [{"input_ids": torch.full((32,), i), "labels": torch.tensor(i % 2)} for i in range(8)]
+
+
+def test_the_trainer_of_transformers(tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=True
+    )
+    trainer = Trainer(classifier(), arguments, train_dataset=EXAMPLES)
+    start = trainer.model.bert.encoder.layer[0].attention.self.eva.landmark_projection.key[0].weight.clone()
+    assert trainer.train().training_loss > 0
+    end = trainer.model.bert.encoder.layer[0].attention.self.eva.landmark_projection.key[0].weight
+    assert not torch.equal(start, end)
+    trainer.save_model(tmp_path / "saved")
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert torch.equal(saved["bert.encoder.layer.0.attention.self.eva.landmark_projection.key.0.weight"], end)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning(tmp_path):
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = classifier()
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return self.model(**batch).loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters())
+
+    module = Module()
+    start = {name: x.clone() for name, x in module.state_dict().items() if "landmark_projection" in name}
+    trainer = lightning.Trainer(
+        max_steps=3, logger=False, enable_progress_bar=False, accelerator="cpu", default_root_dir=tmp_path
+    )
+    trainer.fit(module.train(), torch.utils.data.DataLoader(EXAMPLES, batch_size=4))
+    assert all(not torch.equal(x, module.state_dict()[name]) for name, x in start.items() if "weight" in name)
+
+
 def test_keeps_modes_and_frozen_parameters():
     model = encoder().train()
     model.layers[0].eval()
