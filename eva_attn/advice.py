@@ -179,7 +179,7 @@ def advise(
     grid_size: Pair | None = None,
     is_causal: bool = False,
     table: Path | None = None,
-) -> list[Advice]:
+) -> "AdviceReport":
     """What softmax and EVA cost, for choices of window and landmarks; prints as tables.
 
     Times are interpolated, in logarithms of tokens and head dimension, between those that
@@ -191,7 +191,7 @@ def advise(
         model_or_shape: a model that `replace_attention` knows, which is left as it is, or the shape
             [B, H, N, D] of queries.
         device: a device of this machine, or part of the name of one in a table, such as "H100".
-        dtype: None: bfloat16, on the CPU float32.
+        dtype: None: float32 on this machine's CPU, bfloat16 elsewhere.
         batch_size: of a model's inputs.
         num_tokens: of a model's sequences.
         grid_size: (height, width) of the N tokens of a shape.
@@ -199,8 +199,9 @@ def advise(
         table: file that `benchmarks.choices` wrote, in place of those in the package.
 
     Returns:
-        An `Advice` for each shape of attention in the model. ValueError for arguments that are not supported,
-        by name.
+        A list of an `Advice` for each shape of attention in the model.
+
+    ValueError for arguments that are not supported, by name.
     """
     dtype = dtype or (torch.float32 if str(device).lower().startswith("cpu") else torch.bfloat16)
     if isinstance(model_or_shape, nn.Module):
@@ -212,12 +213,12 @@ def advise(
     name, content = _table(device, dtype, table)
     rows = content["results"] if content else []
     measured = f"{content['device']}, {content['date']}" if content else None
-    return Report(
+    return AdviceReport(
         Advice(shape, name, dtype, measured, list(_choices(shape, dtype, rows))) for shape in shapes
     )
 
 
-class Report(list[Advice]):
+class AdviceReport(list[Advice]):
     """The advice for each shape; prints as its tables."""
 
     def __str__(self) -> str:
@@ -228,6 +229,8 @@ def device_name(device: torch.device) -> str:
     """The machine in words: model, and on a CPU its cores and torch's instruction set."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

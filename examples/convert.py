@@ -112,8 +112,9 @@ def handwriting(parsed: argparse.Namespace) -> Task:
         model = make_model(options)
         model.load_state_dict(content["model"])
     device = torch.device(parsed.device)
-    images = train_set.images[:-1000].to(device).split(32)
-    labels = train_set.labels[:-1000].to(device).split(32)
+    held_out = min(1000, len(train_set) // 10)
+    images = train_set.images[:-held_out].to(device).split(32)
+    labels = train_set.labels[:-held_out].to(device).split(32)
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(model(batch[0]), batch[1])
@@ -128,7 +129,7 @@ def handwriting(parsed: argparse.Namespace) -> Task:
     return Task(
         model.eval(),
         list(zip(images, labels, strict=True)),
-        [train_set.images[-1000:].to(device)],
+        [train_set.images[-held_out:].to(device)],
         "test accuracy",
         lambda model: accuracy(model, test_set, device, "float32"),
         loss,

@@ -12,6 +12,7 @@ from benchmarks.cases import Case
 from benchmarks.gap import Sizes
 from benchmarks.gap_estimators import Problem
 from eva_attn import estimators
+from examples import convert
 from examples.train_digits import Options
 
 TINY = gap.Preset(
@@ -150,6 +151,19 @@ def test_command_prints_and_writes(encoder, digits_folder, monkeypatch, tmp_path
     assert tangent["flops"] == counts["flops"]
     assert 0 <= results["vision", "EVA", 2, 2]["score"] <= 1
     assert results["text", "EVA", 4, 8]["score"] is None
+
+
+def test_the_encoder_converts(encoder, monkeypatch, tmp_path, capsys):
+    text = "the quick brown fox jumps over the lazy dog " * 20
+    pages = {f"page {i}": text[i:] for i in range(8)}
+    monkeypatch.setattr(gap_models.text_encoder, "topics", lambda: pages)
+    path = tmp_path / "text.json"
+    sizes = ["--length=32", "--window=8", "--landmarks=4", "--steps=3", "--train-steps=1"]
+    convert.main(["text", *sizes, f"--json={path}"])
+    assert "Spearman correlation" in capsys.readouterr().out
+    scores = json.loads(path.read_text())["scores"]
+    assert scores.pop("softmax") == pytest.approx(1)
+    assert all(-1 <= score < 1 for score in scores.values())
 
 
 def test_absent_encoder_is_named(monkeypatch):

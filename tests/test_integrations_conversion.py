@@ -76,7 +76,8 @@ def test_the_gap_is_that_of_a_layer_on_the_originals_inputs():
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize(
-    "settings", [{"window_size": 40, "chunk_size": 4}, {"window_size": 2, "chunk_size": 1}]
+    "settings",
+    [{"window_size": 40, "chunk_size": 4, "relative_bias": "table"}, {"window_size": 2, "chunk_size": 1}],
 )
 def test_exact_settings_stay_exact(batch_first, padded, settings):
     model = encoder(batch_first=batch_first)
@@ -272,6 +273,8 @@ def test_bad_arguments():
 
     with pytest.raises(ValueError, match="steps: expected 0 or more, got -1"):
         convert(encoder(), sequences(1), steps=-1)
+    with pytest.raises(ValueError, match="forward: expected to run the model with gradients"):
+        convert(encoder(), sequences(1), forward=torch.no_grad()(lambda model, x: model(x)), **LOCAL)
     with pytest.raises(ValueError, match="expected at least one batch"):
         convert(encoder(), [], **LOCAL)
     with pytest.raises(ValueError, match="batches: expected 9, or what can be iterated again, got 2"):

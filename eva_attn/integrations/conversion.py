@@ -5,7 +5,7 @@ import inspect
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from .replace import replace_attention
 from .report import ReplacementReport
 
 Forward: TypeAlias = Callable[[nn.Module, Any], object]
-# Of a layer: its name, its output and the original's [..., C], and which tokens [...] count (None: all).
+# Takes a layer's name, its output and the original's [..., C], and which tokens [...] count (None: all).
 Visit: TypeAlias = Callable[[str, Tensor, Tensor, Tensor | None], None]
 
 _MEASURED_BATCHES = 4
@@ -96,7 +96,7 @@ def convert(
 ) -> ConversionReport:
     """Puts EVA in place of the softmax attention of a trained `model`, and fits what is new to the old.
 
-    After `replace_attention`, the landmark projections start as the identity. They and relative biases are
+    After `replace_attention`, landmark projections start as the identity and relative biases at 0. They are
     then trained to bring the output of each layer, on the inputs that the original has there, to the
     original's. All else keeps its values, and the layers do not depend on each other. A layer that fitting
     does not bring nearer keeps its start. The converted model is a model like any other, to be trained on.
@@ -127,34 +127,23 @@ def convert(
         "log_count_bias": log_count_bias,
     }
     # Parameters are not copied: what both models have, both share.
-    old = [*model.parameters(), *model.buffers()]
-    original = copy.deepcopy(model, {id(x): x for x in old})
+    old = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    original = copy.deepcopy(model, dict(old))
     replacement = replace_attention(model, **options)
-    layers = {module: name for name in reversed(replacement) for module in [model.get_submodule(name)]}
-    names = [name for name in replacement if name in layers.values()]
-    known = {id(x) for x in old}
-    new = {name: [x for x in model.get_submodule(name).parameters() if id(x) not in known] for name in names}
-    for name in names:
-        for module in model.get_submodule(name).modules():
-            if isinstance(module, LandmarkProjection):
-                _start_as_identity(module)
+    # One name for each module.
+    names = list({model.get_submodule(name): name for name in reversed(replacement)}.values())[::-1]
+    new = {name: _new_parameters(model.get_submodule(name), old) for name in names}
+    parameters = [x for of_layer in new.values() for x in of_layer]
+    steps = steps if parameters else 0
 
-    with _fitting(original, model, [x for parameters in new.values() for x in parameters]):
+    with _fitting(original, model, parameters):
         run = partial(_side_by_side, original, model, names, forward)
         measured = list(held_out if held_out is not None else islice(batches, _MEASURED_BATCHES))
         if not measured:
             raise ValueError("batches, held_out: expected at least one batch")
         before = _gaps(run, names, measured)
-        start = {name: [x.detach().clone() for x in parameters] for name, parameters in new.items()}
-        steps = steps if any(new.values()) else 0
-        curve = _fit(
-            run,
-            [x for parameters in new.values() for x in parameters],
-            batches,
-            steps,
-            learning_rate,
-            progress,
-        )
+        start = {name: [x.detach().clone() for x in of_layer] for name, of_layer in new.items()}
+        curve = _fit(run, parameters, batches, steps, learning_rate, progress) if steps else []
         after = _gaps(run, names, measured) if steps else before
         with torch.no_grad():
             for name in names:
@@ -175,8 +164,6 @@ def _fit(
 ) -> list[float]:
     """Trains `parameters`; returns the relative error at each step."""
     curve: list[float] = []
-    if not steps:
-        return curve
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses: list[Tensor] = []
@@ -192,6 +179,8 @@ def _fit(
         optimizer.zero_grad()
         losses.clear()
         run(batch, visit)
+        if all(x.grad is None for x in parameters):
+            raise ValueError("forward: expected to run the model with gradients")
         optimizer.step()
         schedule.step()
         curve.append(torch.stack(losses).mean().sqrt().item())
@@ -271,11 +260,18 @@ def _valid(module: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
     return valid if getattr(module, "batch_first", True) else valid.t()
 
 
-def _start_as_identity(projection: LandmarkProjection) -> None:
-    for module in projection.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.eye_(module.weight)
-            nn.init.zeros_(module.bias)
+def _new_parameters(layer: nn.Module, old: Container[int]) -> list[nn.Parameter]:
+    """Those whose ids are not among `old`, set to change softmax's keys the least: identity, no bias."""
+    for module in layer.modules():
+        if isinstance(module, LandmarkProjection):
+            for linear in module.modules():
+                if isinstance(linear, nn.Linear):
+                    nn.init.eye_(linear.weight)
+                    nn.init.zeros_(linear.bias)
+        bias = getattr(module, "relative_bias", None)
+        if bias is not None and id(bias) not in old:
+            nn.init.zeros_(bias)
+    return [x for x in layer.parameters() if id(x) not in old]
 
 
 @contextmanager
