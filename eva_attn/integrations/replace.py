@@ -2,10 +2,10 @@
 
 import importlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from torch import nn
 
@@ -14,6 +14,8 @@ from .registry import Converter, Library, NotReplaced, Site, TokenLayout, qualif
 from .report import Left, Replaced, ReplacementReport, describe, kind_of
 
 _LIBRARIES = ("torch", "torchvision", "timm", "transformers")
+
+OwnConverter: TypeAlias = Callable[[Any, dict[str, Any]], nn.Module]
 
 
 def replace_attention(
@@ -32,6 +34,7 @@ def replace_attention(
     num_prefix_tokens: int | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    converters: Mapping[type[nn.Module], OwnConverter] | None = None,
 ) -> ReplacementReport:
     """Puts EVA in place of the softmax self-attention of `model`, which keeps its weights.
 
@@ -50,6 +53,9 @@ def replace_attention(
         include, exclude: patterns of module names, such as "encoder.layers.*": those that match one of
             `include` (None: all) and none of `exclude` are replaced. Attention to other tokens than its own
             is to be excluded, unless its class says so.
+        converters: of attention classes of your own, or in place of what is done with known ones: what makes
+            the new module from the old one and the options above, with `grid_size` and `num_prefix_tokens`
+            where they were found or given.
 
     Returns:
         The names of the modules that were replaced, which print as a table with settings, and with what was
@@ -72,15 +78,18 @@ def replace_attention(
         options["num_prefix_tokens"] = num_prefix_tokens
 
     libraries = _libraries(model)
-    converters = {kind: converter for x in libraries for kind, converter in x.CONVERTERS.items()}
+    known_converters = {kind: converter for x in libraries for kind, converter in x.CONVERTERS.items()}
     refused = {kind: reason for x in libraries for kind, reason in x.REFUSED.items()}
+    for own, converter in (converters or {}).items():
+        refused.pop(qualified_name(own), None)
+        known_converters[qualified_name(own)] = _without_site(converter)
     layouts = _layouts(model, libraries)
     made: dict[nn.Module, nn.Module | NotReplaced] = {}  # a module can have several names
     replaced: list[Replaced] = []
     left: list[Left] = []
     for name, parent, child_name, module in list(_children(model)):
         kind = qualified_name(type(module))
-        if kind not in converters and kind not in refused:
+        if kind not in known_converters and kind not in refused:
             continue
         outcome: nn.Module | NotReplaced
         if not _matches(name, include, default=True) or _matches(name, exclude, default=False):
@@ -90,7 +99,7 @@ def replace_attention(
         else:
             if module not in made:
                 site = Site(model, parent, _around(name, layouts))
-                made[module] = _convert(converters[kind], module, site, options)
+                made[module] = _convert(known_converters[kind], module, site, options)
             outcome = made[module]
         if isinstance(outcome, NotReplaced):
             left.append(Left(name, kind_of(module), str(outcome)))
@@ -129,6 +138,10 @@ def _convert(
     if layout is not None:
         layout.watch()
     return eva.train(module.training)
+
+
+def _without_site(converter: OwnConverter) -> Converter:
+    return lambda module, site, options: converter(module, options)
 
 
 def _libraries(model: nn.Module) -> list[Library]:

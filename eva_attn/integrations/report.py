@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .. import geometry
+from ..modules import _EVA
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ class ReplacementReport(list[str]):
 
 
 def describe(eva: Any) -> str:
-    """The settings of a module with EVA that decide what it computes."""
+    """The settings of a module with EVA that decide what it computes; the class of another."""
+    if not isinstance(eva, _EVA):
+        return kind_of(eva)
     grid = eva.grid_size
     words = []
     if eva.is_causal:
