@@ -105,7 +105,7 @@ class Preset:
 
 
 _SMALL = Options("", "", 0, 200, 32, evaluations=4, held_out=500, tested=2000)
-_FULL = Options("", "", 1, 0, 0, width=128, depth=3, heads=2, evaluations=8, dtype="bfloat16")
+_FULL = Options("", "", 1, 0, 0, width=128, depth=3, heads=2, evaluations=6, dtype="bfloat16")
 _COMPARED = tuple(name for name in VARIANTS if name not in ABLATIONS)
 PRESETS = {
     "small": Preset(
@@ -121,7 +121,7 @@ PRESETS = {
         workers=4,
         tasks={
             "digits": (replace(_FULL, task="digits", steps=1200, batch_size=32), tuple(VARIANTS)),
-            "same": (replace(_FULL, task="same", steps=1500, batch_size=16), _COMPARED),
+            "same": (replace(_FULL, task="same", steps=1500, batch_size=16, tested=5000), _COMPARED),
         },
     ),
 }

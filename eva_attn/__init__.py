@@ -51,7 +51,7 @@ from . import _C  # noqa: E402
 _check_torch(_C.build_info())  # the file may have been left behind
 
 from . import estimators, flops, functional, official, reference  # noqa: E402, F401
-from .functional import eva_attention, eva_attention_qkvpacked  # noqa: E402
+from .functional import eva_attention, eva_attention_qkvpacked, rotary_embedding  # noqa: E402
 from .integrations import replace_attention  # noqa: E402
 from .modules import CausalEVAttention, EVAttention, LandmarkProjection  # noqa: E402
 from .multihead_attention import EVAMultiheadAttention  # noqa: E402
@@ -69,6 +69,7 @@ __all__ = [
     "official",
     "reference",
     "replace_attention",
+    "rotary_embedding",
 ]
 
 
