@@ -30,36 +30,45 @@ from examples.running import GraphedStep, Run, autocast
 from examples.train_digits import train_step
 
 from . import harness
-from .quality_models import ABLATIONS, VARIANTS, make_model, num_parameters
+from .quality_models import VARIANTS, make_model, num_parameters
 
 EVALUATED = 250  # images at once
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is told apart in images of `digits` digits: the first of `classes` is what counts."""
+    """What is told apart in images of one or two of the first `kinds` digits."""
 
     image_size: int
-    digits: int
-    classes: tuple[int, ...]
+    is_pair: bool
+    kinds: int
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """How many there are of each thing that is told apart, of which the first is what counts."""
+        return (2, self.kinds, self.kinds) if self.is_pair else (self.kinds,)
+
+    def select(self, data: Digits) -> Digits:
+        chosen = data.labels < self.kinds
+        return Digits(data.images[chosen], data.labels[chosen])
 
     def choose(self, labels: Tensor, first: Tensor, generator: torch.Generator) -> Tensor:
-        """[n] numbers of digits -> [n, digits]: a second one is of the same digit every other time."""
-        if self.digits == 1:
+        """[n] numbers of digits -> [n, 1 or 2]: a second one is of the same kind every other time."""
+        if not self.is_pair:
             return first[:, None]
         count = len(first)
-        other = torch.randint(1, 10, (count,), generator=generator)
+        other = torch.randint(1, self.kinds, (count,), generator=generator)
         other *= torch.randint(2, (count,), generator=generator)
-        label = (labels[first] + other) % 10
-        counts = labels.bincount(minlength=10)
+        label = (labels[first] + other) % self.kinds
+        counts = labels.bincount(minlength=self.kinds)
         chosen = (torch.rand(count, generator=generator, dtype=torch.float64) * counts[label]).long()
         second = labels.argsort(stable=True)[(counts.cumsum(0) - counts)[label] + chosen]
         return torch.stack([first, second], 1)
 
     def compose(self, data: Digits, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, digits] -> images [n, 1, image_size, image_size], labels [n, number of classes]."""
+        """Of `choose` -> images [n, 1, image_size, image_size], labels [n, number of `classes`]."""
         images, labels = data.images[chosen], data.labels[chosen]
-        if self.digits == 1:
+        if not self.is_pair:
             return images[:, 0], labels
         canvas = images.new_full((len(chosen), 1, self.image_size, self.image_size), digits.BACKGROUND)
         canvas[:, :, :SIDE, :SIDE], canvas[:, :, -SIDE:, -SIDE:] = images.unbind(1)
@@ -72,7 +81,7 @@ class Task:
         return torch.stack([F.cross_entropy(*part) for part in parts]).sum()
 
 
-TASKS = {"digits": Task(SIDE, 1, (10,)), "same": Task(2 * SIDE, 2, (2, 10, 10))}
+TASKS = {"digits": Task(SIDE, False, 10), "same": Task(2 * SIDE, True, 3)}
 
 
 @dataclass(frozen=True)
@@ -105,23 +114,23 @@ class Preset:
 
 
 _SMALL = Options("", "", 0, 200, 32, evaluations=4, held_out=500, tested=2000)
-_FULL = Options("", "", 1, 0, 0, width=128, depth=3, heads=2, evaluations=6, dtype="bfloat16")
-_COMPARED = tuple(name for name in VARIANTS if name not in ABLATIONS)
+_FULL = Options("", "", 1, 1000, 32, depth=3, dtype="bfloat16")
+_MAIN = ("softmax", "EVA", "window only", "Performer")
 PRESETS = {
     "small": Preset(
         seeds=3,
         workers=2,
         tasks={
-            "digits": (replace(_SMALL, task="digits", patch_size=2), _COMPARED[:5]),
-            "same": (replace(_SMALL, task="same", patch_size=4), _COMPARED[:5]),
+            "digits": (replace(_SMALL, task="digits", patch_size=2), (*_MAIN, "landmarks only")),
+            "same": (replace(_SMALL, task="same", patch_size=4), _MAIN),
         },
     ),
     "full": Preset(
         seeds=3,
         workers=4,
         tasks={
-            "digits": (replace(_FULL, task="digits", steps=1200, batch_size=32), tuple(VARIANTS)),
-            "same": (replace(_FULL, task="same", steps=1500, batch_size=16, tested=5000), _COMPARED),
+            "digits": (replace(_FULL, task="digits"), tuple(VARIANTS)),
+            "same": (replace(_FULL, task="same", batch_size=16, tested=5000), _MAIN),
         },
     ),
 }
@@ -145,6 +154,7 @@ class Training(Run):
 
     def __init__(self, options: Options, train_set: Digits) -> None:
         self.task = TASKS[options.task]
+        train_set = self.task.select(train_set)
         side = self.task.image_size
         torch.manual_seed(options.seed)
         model = make_model(
@@ -180,7 +190,7 @@ class Training(Run):
         return train_step(self.model, self.optimizer, images, labels, self.options.dtype, self.task.loss)
 
     def scores(self, data: Digits, first: Tensor) -> list[float]:
-        """Accuracy in telling each of the task's classes, in images of the digits numbered `first`."""
+        """Accuracy in telling each of the task's classes, in images of the digits `first` of what is selected."""
         chosen = self.task.choose(data.labels, first, torch.Generator().manual_seed(0))
         data = on_device(data, self.device)
         correct = torch.zeros(len(self.task.classes), device=self.device)
@@ -204,6 +214,7 @@ def on_device(data: Digits, device: torch.device) -> Digits:
 def train(options: Options, train_set: Digits, test_set: Digits) -> Trained:
     begin = time.perf_counter()
     run = Training(options, train_set)
+    train_set, test_set = run.task.select(train_set), run.task.select(test_set)
     held_out = torch.arange(len(train_set) - options.held_out, len(train_set))
     evaluate_at = {round((i + 1) * options.steps / options.evaluations) for i in range(options.evaluations)}
     losses = torch.zeros(options.steps, device=run.device)
@@ -233,19 +244,24 @@ def _start_worker(path: Path, threads: int) -> None:
     _data = tuple(Digits(*part) for part in torch.load(path, mmap=True))
 
 
-def _train_in_worker(options: Options) -> Trained:
-    return train(options, *_data)
+def _train_in_worker(options: Options, deadline: float) -> Trained | None:
+    return train(options, *_data) if time.time() < deadline else None
 
 
-def train_all(runs: list[Options], data: tuple[Digits, Digits], workers: int) -> Iterator[Trained]:
+def train_all(
+    runs: list[Options], data: tuple[Digits, Digits], workers: int, time_limit: float
+) -> Iterator[Trained]:
     """The runs' results as they come. Processes share the device: what a run takes there says nothing."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "digits.pt"
         torch.save([(part.images, part.labels) for part in data], path)
         threads = max(1, torch.get_num_threads() // workers)
+        deadline = time.time() + time_limit
         with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (path, threads)) as pool:
-            for future in as_completed([pool.submit(_train_in_worker, run) for run in runs]):
-                yield future.result()
+            futures = [pool.submit(_train_in_worker, run, deadline) for run in runs]
+            for future in as_completed(futures):
+                if (trained := future.result()) is not None:
+                    yield trained
 
 
 def measure(runs: list[Options], data: Digits, repeats: int) -> dict[str, tuple[float, float]]:
@@ -305,7 +321,7 @@ def summary(
 
 def table(rows: list[dict[str, Any]]) -> str:
     has_parts = len(rows[0]["mean"]) > 1
-    header = ["attention", "parameters", "accuracy", *(["digits"] if has_parts else []), "step ms",
+    header = ["attention", "parameters", "seeds", "accuracy", *(["digits"] if has_parts else []), "step ms",
               "training s", "us an image"]  # fmt: skip
     return harness.format_table(
         header,
@@ -313,6 +329,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             [
                 row["variant"],
                 f"{row['parameters']:,}",
+                str(len(row["scores"][0])),
                 f"{row['mean'][0]:.2%} ± {row['deviation'][0]:.2%}",
                 *([f"{statistics.fmean(row['mean'][1:]):.2%}"] if has_parts else []),
                 f"{row['step_ms']:.2f}",
@@ -333,6 +350,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="runs of each (default: 3)")
     parser.add_argument("--steps", type=int, help="default: the preset's")
     parser.add_argument("--workers", type=int, help="processes that train at once (default: the preset's)")
+    parser.add_argument(
+        "--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="start no run after so long"
+    )
     parser.add_argument("--repeats", type=int, default=10, help="timed steps of each (default: 10)")
     parser.add_argument("--data", type=Path, help="folder of mnist_train.csv and mnist_test.csv")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
@@ -351,10 +371,11 @@ def main(arguments: list[str] | None = None) -> None:
         options = replace(options, device=parsed.device, steps=parsed.steps or options.steps)
         chosen = [v for v in variants if not parsed.variants or v in parsed.variants]
         tasks[name] = [replace(options, variant=variant) for variant in chosen]
-    runs = [replace(run, seed=seed) for variants in tasks.values() for seed in seeds for run in variants]
+    runs = [replace(run, seed=seed) for seed in seeds for variants in tasks.values() for run in variants]
+    runs.sort(key=lambda run: run.variant not in _MAIN)  # what matters most comes first
     trained: list[Trained] = []
     begin = time.perf_counter()
-    for result in train_all(runs, data, parsed.workers or preset.workers):
+    for result in train_all(runs, data, parsed.workers or preset.workers, parsed.time_limit):
         trained.append(result)
         print(
             f"{len(trained):>3}/{len(runs)}  {result.task}, seed {result.seed}, {result.variant}: "
@@ -371,6 +392,10 @@ def main(arguments: list[str] | None = None) -> None:
     }
     print(harness.headline(facts))
     for name, variants in tasks.items():
+        known = {t.variant for t in trained if t.task == name}
+        variants = [run for run in variants if run.variant in known]
+        if not variants:
+            continue
         times = measure(variants, data[0], parsed.repeats)
         rows = summary([t for t in trained if t.task == name], times, variants[0].steps)
         tokens = (TASKS[name].image_size // variants[0].patch_size) ** 2
@@ -378,7 +403,7 @@ def main(arguments: list[str] | None = None) -> None:
         content["tasks"][name] = {"tokens": tokens, "options": settings, "results": rows}
         print(
             f"\n{name}: {tokens:,} tokens, {variants[0].steps:,} steps of {variants[0].batch_size} images, "
-            f"width {variants[0].width}, depth {variants[0].depth}; mean of {len(seeds)} seeds ± deviation\n"
+            f"width {variants[0].width}, depth {variants[0].depth}; mean ± deviation over seeds\n"
             f"{table(rows)}",
             flush=True,
         )

@@ -102,7 +102,6 @@ VARIANTS: dict[str, MakeAttention] = {
     "EVA, excluded, counts": eva(**PARTITION),
     "EVA, identity, excluded, counts, no noise": eva(NoiselessEVA, projection="identity", **PARTITION),
 }
-ABLATIONS = tuple(VARIANTS)[7:]
 
 
 def make_model(variant: str, width: int, **sizes: Any) -> VisionTransformer:
