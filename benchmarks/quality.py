@@ -190,7 +190,7 @@ class Training(Run):
         return train_step(self.model, self.optimizer, images, labels, self.options.dtype, self.task.loss)
 
     def scores(self, data: Digits, first: Tensor) -> list[float]:
-        """Accuracy in telling each of the task's classes, in images of the digits `first` of what is selected."""
+        """Accuracy in telling each thing apart, in images of the digits numbered `first` of a selection."""
         chosen = self.task.choose(data.labels, first, torch.Generator().manual_seed(0))
         data = on_device(data, self.device)
         correct = torch.zeros(len(self.task.classes), device=self.device)
