@@ -122,7 +122,7 @@ PRESETS = {
         workers=2,
         tasks={
             "digits": (replace(_SMALL, task="digits", patch_size=2), (*_MAIN, "landmarks only")),
-            "same": (replace(_SMALL, task="same", patch_size=4), _MAIN),
+            "same": (replace(_SMALL, task="same", patch_size=4, batch_size=16), _MAIN),
         },
     ),
     "full": Preset(

@@ -1,4 +1,4 @@
-"""What `benchmarks.quality` compares is comparable, its tasks are what they say, its command writes what it prints."""
+"""What is compared is comparable, tasks are what they say, the command writes what it prints."""
 
 import json
 from dataclasses import replace
