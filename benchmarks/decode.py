@@ -7,6 +7,7 @@ before `context`. On the CPU 16 steps in a row are timed, on CUDA the replay of 
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -119,6 +120,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=50, help="rounds (default: 50)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there as well")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time and memory against context")
     options = parser.parse_args(arguments)
     on_cuda = options.device == "cuda"
     for name, cpu, cuda in (("dtype", "float32", "bfloat16"), ("batch", 1, 8), ("heads", 4, 16),
@@ -174,10 +176,42 @@ def main(arguments: list[str] | None = None) -> None:
         for r in results
     ]
     print(harness.format_table(header, rows))
+    content = {**facts, "options": vars(options) | {"json": None, "plot": None}, "results": results}
     if options.json:
-        harness.write_json(
-            options.json, {**facts, "options": vars(options) | {"json": None}, "results": results}
-        )
+        harness.write_json(options.json, content)
+    if options.plot:
+        draw(content, options.plot)
+
+
+def draw(content: dict[str, Any], path: Path) -> None:
+    """Time of a step, and memory that the tokens so far take, against the length of the context."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    results, options = content["results"], content["options"]
+    contexts = [r["context"] for r in results]
+    for name, kept, color in (("eva", "state", "#d1495b"), ("softmax", "cache", "#333333")):
+        for part, style in (("attention", "-"), ("module", "--")):
+            left.loglog(contexts, [r[f"{name}_{part}_us"] for r in results], style, marker=".", color=color,
+                        label=f"{name} {part}")  # fmt: skip
+        right.loglog(contexts, [r[f"{kept}_bytes"] / 2**20 for r in results], marker=".", color=color,
+                     label=f"{name}: {kept}")  # fmt: skip
+    left.set(xlabel="context, tokens", ylabel="microseconds a step")
+    right.set(xlabel="context, tokens", ylabel="MiB of one layer")
+    for axes in (left, right):
+        axes.grid(alpha=0.25, which="both")
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(
+        f"{content['device']}, torch {content['torch']}, {content['date']}; batch {options['batch']}, "
+        f"{options['heads']} heads of {options['head_dim']}, {options['dtype']}",
+        fontsize=9,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

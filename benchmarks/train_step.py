@@ -26,7 +26,7 @@ def training_step(attention: str, options: argparse.Namespace, device: torch.dev
         width=options.width,
         depth=options.depth,
         heads=options.heads,
-        mlp_ratio=4,
+        hidden=4 * options.width,
         classes=1000,
     ).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")

@@ -51,7 +51,7 @@ _check_torch(torch.ops.eva_attn.build_info())  # the file may have been left beh
 
 from . import estimators, flops, functional, official, reference  # noqa: E402, F401
 from .advice import advise  # noqa: E402
-from .functional import eva_attention, eva_attention_qkvpacked  # noqa: E402
+from .functional import eva_attention, eva_attention_qkvpacked, rotary_embedding  # noqa: E402
 from .integrations import convert, replace_attention  # noqa: E402
 from .modules import CausalEVAttention, EVAttention, LandmarkProjection  # noqa: E402
 from .multihead_attention import EVAMultiheadAttention  # noqa: E402
@@ -71,6 +71,7 @@ __all__ = [
     "official",
     "reference",
     "replace_attention",
+    "rotary_embedding",
 ]
 
 

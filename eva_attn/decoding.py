@@ -131,10 +131,11 @@ def prefill(
 ) -> Tensor:
     """Attention of the next tokens of each sequence, which `state` takes in.
 
-    query, key, value: [B, H, T, D]; key_padding_mask: bool [B, T], padding at the end, which is not taken in;
-    result: [B, H, T, D], 0 at padding. Options are those of `eva_attention`. ValueError, before anything is
-    written, where a sequence outgrows the state.
+    query, key, value: [B, H, T, D], key and value with H or fewer heads; key_padding_mask: bool [B, T],
+    padding at the end, which is not taken in; result: [B, H, T, D], 0 at padding. Options are those of
+    `eva_attention`. ValueError, before anything is written, where a sequence outgrows the state.
     """
+    key, value = functional.expand_heads(query, key, value)
     num_tokens = _num_valid_tokens(query, key_padding_mask)
     state.require(state.position + num_tokens)
     if state.position.any():
@@ -190,6 +191,7 @@ def advance(
 
     It never waits for the device; that there is room is for the caller to see to.
     """
+    key, value = functional.expand_heads(query, key, value)
     return torch.ops.eva_attn.decode_step(
         query, key, value, **operator_arguments(state, **options), num_tokens=num_tokens
     )

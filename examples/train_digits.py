@@ -6,6 +6,7 @@ that was killed and goes on with `--resume` ends in the same weights as one that
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,14 +99,19 @@ class Training(Run):
 
 
 def train_step(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, dtype: str
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    dtype: str,
+    loss_of: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> Tensor:
     """Forward, backward and update; returns the loss."""
     model.train()
     optimizer.zero_grad()
     with autocast(images.device, dtype):
         logits = model(images)
-    loss = F.cross_entropy(logits.float(), labels)
+    loss = loss_of(logits.float(), labels)
     loss.backward()
     optimizer.step()
     return loss.detach()

@@ -1,5 +1,7 @@
 """A small vision transformer whose attention is chosen by name."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ LANDMARKS = 49
 PERFORMER_FEATURES = 64
 
 Pair = tuple[int, int]
+MakeAttention = Callable[[int, int, Pair], nn.Module]  # of width, heads, grid size
 
 
 class SelfAttention(nn.Module):
@@ -66,7 +69,7 @@ def performer_attention(dim: int, num_heads: int, grid_size: Pair) -> nn.Module:
     return official.build("KernelizedAttention", arguments)
 
 
-ATTENTION = {
+ATTENTION: dict[str, MakeAttention] = {
     "softmax": SoftmaxAttention,
     "eva": eva_attention,
     "window": WindowAttention,
@@ -78,12 +81,12 @@ ATTENTION = {
 class Block(nn.Module):
     """Attention and a two-layer perceptron, each with its normalisation before and a residual around it."""
 
-    def __init__(self, dim: int, attention: nn.Module, mlp_ratio: int) -> None:
+    def __init__(self, dim: int, attention: nn.Module, hidden: int) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(dim)
         self.attention = attention
         self.mlp_norm = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
@@ -94,18 +97,19 @@ class VisionTransformer(nn.Module):
     """Square images of one channel [B, 1, side, side] -> logits [B, classes].
 
     Patches become tokens by a convolution and get learned positions; the mean over tokens is classified.
+    `hidden` is the width between the layers of a perceptron, None = twice that of a token.
     """
 
     def __init__(
         self,
-        attention: str,
+        attention: str | MakeAttention,
         *,
         image_size: int = 28,
         patch_size: int = 2,
         width: int = 64,
         depth: int = 2,
         heads: int = 2,
-        mlp_ratio: int = 2,
+        hidden: int | None = None,
         classes: int = 10,
     ) -> None:
         super().__init__()
@@ -114,9 +118,9 @@ class VisionTransformer(nn.Module):
         side = image_size // patch_size
         self.patches = nn.Conv2d(1, width, patch_size, stride=patch_size)
         self.positions = nn.Parameter(torch.empty(1, side * side, width))
-        make = ATTENTION[attention]
+        make = ATTENTION[attention] if isinstance(attention, str) else attention
         self.blocks = nn.Sequential(
-            *(Block(width, make(width, heads, (side, side)), mlp_ratio) for _ in range(depth))
+            *(Block(width, make(width, heads, (side, side)), hidden or 2 * width) for _ in range(depth))
         )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)

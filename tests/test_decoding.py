@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from op_cases import KINDS, seeded
 from torch import Tensor, nn
 
-from eva_attn import CausalEVAttention
+from eva_attn import CausalEVAttention, rotary_embedding
 from eva_attn.decoding import DecodingState
 
 TOLERANCE = 1e-12
@@ -45,6 +45,8 @@ OPTIONS = {
     "t5": {"relative_bias": "t5", "log_count_bias": True},
     "exclude": {"overlap": 2, "exclude_window_landmarks": True, "log_count_bias": True},
     "qk norm": {"qk_norm": nn.LayerNorm, "projection": "key-only"},
+    "rotary": {"rotary_embedding": rotary_embedding, "qk_norm": nn.LayerNorm},
+    "grouped": {"rotary_embedding": rotary_embedding, "num_kv_heads": 1, "overlap": 2},
 }
 
 
@@ -71,6 +73,8 @@ def test_any_split_equals_the_whole(data: st.DataObject) -> None:
         projection=draw(st.sampled_from(KINDS)),
         exclude_window_landmarks=draw(st.booleans()),
         log_count_bias=draw(st.booleans()),
+        rotary_embedding=draw(st.sampled_from([None, rotary_embedding])),
+        num_kv_heads=draw(st.sampled_from([None, 1])),
     )
     batch = draw(st.integers(1, 3))
     lengths = st.lists(st.integers(0, 11), min_size=batch, max_size=batch)
@@ -100,9 +104,14 @@ def test_any_split_equals_the_whole(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("first", [0, 1, 17])
-def test_clones_reorders_and_resets(first: int) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, OPTIONS["rotary"], OPTIONS["grouped"]], ids=["", "rotary", "grouped"]
+)
+def test_clones_reorders_and_resets(first: int, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    module = module_of(overlap=2, relative_bias="table", exclude_window_landmarks=True)
+    module = module_of(
+        **{"overlap": 2, "relative_bias": "table", "exclude_window_landmarks": True, **options}
+    )
     x, more = tokens_of(3, 17), tokens_of(3, 9)
     state = module.init_state(3, 40)
     module(x[:, :first], state=state)
@@ -198,7 +207,9 @@ def test_autocast() -> None:
 
 def test_a_step_compiles_once() -> None:
     torch.manual_seed(0)
-    module = module_of(relative_bias="t5", exclude_window_landmarks=True)
+    module = module_of(
+        relative_bias="t5", exclude_window_landmarks=True, num_kv_heads=1, rotary_embedding=rotary_embedding
+    )
     x = tokens_of(2, 20)
     state = module.init_state(2, 20)
     module(x[:, :4], state=state)
