@@ -18,7 +18,7 @@ from .cases import CASES, SWEEP, Case, least_bytes
 from .peers import Peer, make_peers, softmax_backends
 
 DEFAULT_CASES = {
-    "cpu": ["deit_s_196", "deit_t_784", "pvt_3136", "grid_16384"],
+    "cpu": ["deit_s_196", "deit_t_784", "pvt_3136", "grid_16384", "causal_8192_d64"],
     "cuda": ["deit_s_196", "deit_t_784", "pvt_3136", "grid_16384", "seq_65536"],
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,6 +39,7 @@ class Result:
     fastest: float
     softmax: str  # what the next one compares with
     times_faster_than_softmax: float
+    times_faster_than_first_threads: float  # with the first number of threads that was asked for
     gflops: float
     gbs: float
     of_matmul: float
@@ -68,28 +69,42 @@ def all_calls(
     }
 
 
+def with_threads(threads: int, call: harness.Call) -> harness.Call:
+    def run() -> object:
+        torch.set_num_threads(threads)
+        return call()
+
+    return run
+
+
 def run_case(
     case: Case,
     device: torch.device,
     dtype: str,
-    ceiling: dict[str, float],
+    ceilings: dict[int, dict[str, float]],
     *,
     repeats: int,
     peers: list[str] | None = None,
     memory: bool = True,
 ) -> list[Result]:
-    """Measures the peers on `case` with the threads set now."""
+    """Measures the peers on `case` with the numbers of threads in `ceilings`, all in the same rounds."""
     batch, heads = case.batch_and_heads(device.type)
     chosen = make_peers(case, device, DTYPES[dtype], peers)
     softmax = next(iter(softmax_backends(device.type, DTYPES[dtype])))
-    peaks: dict[tuple[str, str], int | None] = {}
-    if memory:
-        peaks = harness.peak_memory(all_calls, case, device, dtype, peers, device=device)
+    peaks: dict[tuple[int, str, str], int | None] = {}
+    for threads in ceilings if memory else ():
+        torch.set_num_threads(threads)
+        measured = harness.peak_memory(all_calls, case, device, dtype, peers, device=device)
+        peaks |= {(threads, *key): peak for key, peak in measured.items()}
     results = []
     for direction, backward in PASSES.items():
-        calls = calls_of(chosen, backward)
+        calls = {
+            (threads, name): with_threads(threads, call)
+            for threads in ceilings
+            for name, call in calls_of(chosen, backward).items()
+        }
         timings = harness.measure(calls, device, repeats=repeats)
-        for name, timing in timings.items():
+        for (threads, name), timing in timings.items():
             gflops = batch * heads * chosen[name].flops(case, backward) / timing.median / 1e9
             gbs = batch * heads * least_bytes(case, DTYPES[dtype].itemsize, backward) / timing.median / 1e9
             results.append(
@@ -97,30 +112,33 @@ def run_case(
                     case=case.name,
                     shape=[batch, heads, *case.grid, case.head_dim],
                     dtype=dtype,
-                    threads=torch.get_num_threads(),
+                    threads=threads,
                     direction=direction,
                     peer=name,
                     milliseconds=timing.median * 1e3,
                     fastest=min(timing.seconds) * 1e3,
                     softmax=softmax,
-                    times_faster_than_softmax=timing.times_faster_than(timings[softmax]),
+                    times_faster_than_softmax=timing.times_faster_than(timings[threads, softmax]),
+                    times_faster_than_first_threads=timing.times_faster_than(
+                        timings[next(iter(ceilings)), name]
+                    ),
                     gflops=gflops,
                     gbs=gbs,
-                    of_matmul=gflops / ceiling["matmul_gflops"],
-                    over_floor=ceiling["copy_gbs"] / gbs,
+                    of_matmul=gflops / ceilings[threads]["matmul_gflops"],
+                    over_floor=ceilings[threads]["copy_gbs"] / gbs,
                     rounds=len(timing.seconds),
-                    peak_bytes=peaks.get((direction, name)),
+                    peak_bytes=peaks.get((threads, direction, name)),
                 )
             )
     return results
 
 
-def title(case: Case, device: torch.device, dtype: str) -> str:
+def title(case: Case, device: torch.device, dtype: str, threads: int) -> str:
     batch, heads = case.batch_and_heads(device.type)
     (height, width), (rows, columns) = case.grid, case.window
     return (
         f"{case.name}: B {batch}, H {heads}, {height} x {width} tokens, D {case.head_dim}, windows {rows} x "
-        f"{columns}, {case.landmarks} landmarks, {dtype}, {torch.get_num_threads()} threads"
+        f"{columns}, {case.landmarks} landmarks, {dtype}, {threads} threads"
     )
 
 
@@ -149,16 +167,16 @@ def table(results: list[Result]) -> str:
 
 def scaling_table(results: list[Result]) -> str:
     """How much faster EVA and softmax get with threads."""
-    threads = sorted({r.threads for r in results})
+    threads = list(dict.fromkeys(r.threads for r in results))
     header = ["", *(f"{n} threads, ms" for n in threads), *(f"x of {threads[0]}" for _ in threads[1:])]
-    by_key = {(r.case, r.dtype, r.direction, r.peer, r.threads): r.milliseconds for r in results}
+    by_key = {(r.case, r.dtype, r.direction, r.peer, r.threads): r for r in results}
     rows = []
     for case, dtype, direction, peer in dict.fromkeys(key[:-1] for key in by_key):
-        times = [by_key[case, dtype, direction, peer, n] for n in threads]
         if peer in ("eva", results[0].softmax):
-            ratios = [f"{times[0] / t:.2f}" for t in times[1:]]
-            name = f"{case} {dtype} {direction}, {peer}"
-            rows.append([name, *(f"{t:.2f}" for t in times), *ratios])
+            of_peer = [by_key[case, dtype, direction, peer, n] for n in threads]
+            times = [f"{r.milliseconds:.2f}" for r in of_peer]
+            ratios = [f"{r.times_faster_than_first_threads:.2f}" for r in of_peer[1:]]
+            rows.append([f"{case} {dtype} {direction}, {peer}", *times, *ratios])
     return harness.format_table(header, rows)
 
 
@@ -205,37 +223,42 @@ def main(arguments: list[str] | None = None) -> None:
     print(harness.headline(facts))
 
     everything: list[Result] = []
-    ceilings: dict[tuple[int, str], dict[str, float]] = {}
-    for threads in all_threads:
-        torch.set_num_threads(threads)
-        for case in cases:
-            for dtype in dtypes_of(case.name, options):
-                if (threads, dtype) not in ceilings:
-                    ceilings[threads, dtype] = limits = harness.roofline(device, DTYPES[dtype])
+    ceilings: dict[str, dict[int, dict[str, float]]] = {}
+    for case in cases:
+        for dtype in dtypes_of(case.name, options):
+            if dtype not in ceilings:
+                ceilings[dtype] = {}
+                for threads in all_threads:
+                    torch.set_num_threads(threads)
+                    ceilings[dtype][threads] = limits = harness.roofline(device, DTYPES[dtype])
                     print(
                         f"{threads} threads, {dtype}: matrix product {limits['matmul_gflops']:.0f} GFLOP/s, "
                         f"copy {limits['copy_gbs']:.1f} GB/s"
                     )
-                peers = options.peers
-                if peers is not None:
-                    peers = ["eva", *softmax_backends(device.type, DTYPES[dtype]), *peers]
-                results = run_case(
-                    case,
-                    device,
-                    dtype,
-                    ceilings[threads, dtype],
-                    repeats=options.repeats,
-                    peers=peers,
-                    memory=not options.no_memory,
-                )
-                print(f"\n{title(case, device, dtype)}\n{table(results)}\n", flush=True)
-                everything += results
+            peers = options.peers
+            if peers is not None:
+                peers = ["eva", *softmax_backends(device.type, DTYPES[dtype]), *peers]
+            results = run_case(
+                case,
+                device,
+                dtype,
+                ceilings[dtype],
+                repeats=options.repeats,
+                peers=peers,
+                memory=not options.no_memory,
+            )
+            for threads in all_threads:
+                of_threads = [result for result in results if result.threads == threads]
+                print(f"\n{title(case, device, dtype, threads)}\n{table(of_threads)}\n", flush=True)
+            everything += results
     if len(all_threads) > 1:
         print(scaling_table(everything))
     content = {
         **facts,
         "ceilings": [
-            {"threads": threads, "dtype": dtype, **limits} for (threads, dtype), limits in ceilings.items()
+            {"threads": threads, "dtype": dtype, **limits}
+            for dtype, by_threads in ceilings.items()
+            for threads, limits in by_threads.items()
         ],
         "results": [asdict(result) for result in everything],
     }

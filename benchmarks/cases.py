@@ -76,6 +76,7 @@ CASES = {
             head_dim=128,
             is_causal=True,
         ),
+        Case("causal_8192_d64", 8, 16, 1, 4, grid=(1, 8192), window=(1, 128), chunk=(1, 128), is_causal=True),
     )
 }
 # Square grids of 49 to 50,176 tokens with 49 landmarks: the same number of tokens in all, ever longer.
