@@ -175,17 +175,16 @@ class Training:
     def __init__(self, options: Options, process: Process) -> None:
         self.options, self.process = options, process
         train_set, test_set, classes = make_datasets(options.data)
-        classes = options.classes or classes
+        self.classes = options.classes or classes
         torch.manual_seed(options.seed)  # one start for all processes
-        self.model = make_model(options, classes).to(process.device)
+        self.model = make_model(options, self.classes).to(process.device)
         self.ema = ModelEmaV3(self.model, decay=options.ema, use_warmup=True) if options.ema else None
         self.parallel: nn.Module = self.model
         if process.world_size > 1 and options.parallel == "fsdp":
-            for model in (self.model, self.ema and self.ema.module):
-                if model:
-                    for block in getattr(model, "blocks", ()):
-                        fully_shard(block)
-                    fully_shard(model)
+            for model in (self.model, self.ema.module) if self.ema else (self.model,):
+                for block in getattr(model, "blocks", ()):
+                    fully_shard(block)
+                fully_shard(model)
         elif process.world_size > 1:
             device_ids = [process.device] if process.device.type == "cuda" else None
             self.parallel = DistributedDataParallel(self.model, device_ids=device_ids)
@@ -222,7 +221,7 @@ class Training:
         self.mixup = None
         if options.mixup or options.cutmix:
             self.mixup = Mixup(
-                options.mixup, options.cutmix, label_smoothing=options.smoothing, num_classes=classes
+                options.mixup, options.cutmix, label_smoothing=options.smoothing, num_classes=self.classes
             )
         self.criterion = (
             SoftTargetCrossEntropy() if self.mixup else LabelSmoothingCrossEntropy(options.smoothing)
@@ -321,7 +320,7 @@ class Training:
             "epoch": self.epoch,
             "updates": self.updates,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "loss": self.loss_sum / len(self.loader),
+            "loss": sum(self._of_all(self.loss_sum)) / self.process.world_size / len(self.loader),
             "accuracy": self.accuracy(),
             "seconds": round(self.seconds, 3),
         }
@@ -331,10 +330,10 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Writes the checkpoint, in the first process. A kill leaves the old one or the new one, whole."""
-        model = get_model_state_dict(self.model, options=WHOLE)
         content = {
             "options": asdict(self.options),
-            "model": model,
+            "classes": self.classes,
+            "model": get_model_state_dict(self.model, options=WHOLE),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE),
             "ema": get_model_state_dict(self.ema.module, options=WHOLE) if self.ema else None,
             "epoch": self.epoch,
@@ -381,6 +380,12 @@ class Training:
         self._epoch_rng = content["epoch_rng"][self.process.rank]
         set_rng_state(content["rng"][self.process.rank])
         self._batches = None
+
+    def load_weights(self, path: Path) -> None:
+        """Takes the weights alone, of any run of this model; their average if there is one."""
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        for model in (self.model, self.ema.module) if self.ema else (self.model,):
+            set_model_state_dict(model, content["ema"] or content["model"], options=WHOLE)
 
 
 def rng_state() -> dict[str, Any]:
@@ -449,7 +454,7 @@ def export(checkpoint: Path, path: Path) -> None:
     """
     content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     options = Options(**content["options"])
-    model = make_model(options, options.classes or make_datasets(options.data)[2]).eval()
+    model = make_model(options, content["classes"]).eval()
     model.load_state_dict(content["ema"] or content["model"])
     size = resolve_data_config({"img_size": options.image_size}, model=model)["input_size"]
     batch = torch.export.Dim("batch")
@@ -503,9 +508,11 @@ def main(arguments: list[str] | None = None) -> None:
     run = Training(options, process)
     if parsed.compile:
         run.model.compile()
-    if parsed.evaluate or (parsed.resume and checkpoint.exists()):
-        run.restore(checkpoint)
-    if not parsed.evaluate:
+    if parsed.evaluate:
+        run.load_weights(checkpoint)
+    else:
+        if parsed.resume and checkpoint.exists():
+            run.restore(checkpoint)
         train(run, parsed.output_dir, parsed.save_every, parsed.tensorboard)
     accuracy = run.accuracy()
     if process.rank == 0:
