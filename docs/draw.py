@@ -95,17 +95,17 @@ def passes() -> str:
     """What each pass reads and writes."""
     boxes = {
         "chunk summary": (20, 60, "means, projections, weighted sums"),
-        "window attention": (330, 60, "one softmax over keys and landmarks"),
-        "gradients of landmarks": (330, 190, "and the sums that softmax needs"),
+        "window attention": (390, 60, "one softmax over keys and landmarks"),
+        "gradients of landmarks": (390, 190, "and the sums that softmax needs"),
         "through the summaries": (20, 190, "to what each token gets"),
-        "gradients of tokens": (640, 190, "window and chunk terms, written once"),
+        "gradients of tokens": (760, 190, "window and chunk terms, written once"),
     }
     arrows = [
-        ((270, 85), (330, 85), "landmarks"),
-        ((455, 110), (455, 190), "output, log-sum-exp"),
-        ((330, 215), (270, 215), ""),
-        ((145, 240), (765, 240), ""),
-        ((580, 215), (640, 215), ""),
+        ((290, 85), (390, 85), "landmarks"),
+        ((525, 110), (525, 190), "output, log-sum-exp"),
+        ((390, 215), (290, 215), ""),
+        ((155, 240), (895, 240), ""),
+        ((660, 215), (760, 215), ""),
     ]
     head = (
         '<marker id="head" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto">'
@@ -114,9 +114,9 @@ def passes() -> str:
     shapes = [f"<defs>{head}</defs>", text(20, 40, "forward"), text(20, 170, "backward")]
     for name, (x, y, note) in boxes.items():
         shapes += [
-            rectangle(x, y, 250, 50, NOTHING, f'stroke="{LINE}" rx="6"'),
-            text(x + 125, y + 21, name, "middle"),
-            text(x + 125, y + 39, note, "middle"),
+            rectangle(x, y, 270, 50, NOTHING, f'stroke="{LINE}" rx="6"'),
+            text(x + 135, y + 21, name, "middle"),
+            text(x + 135, y + 39, note, "middle"),
         ]
     for (x1, y1), (x2, y2), words in arrows:
         way = f"v24 H{x2} v-24" if y1 == y2 == 240 else f"L{x2},{y2}"
@@ -125,7 +125,7 @@ def passes() -> str:
             shapes.append(text(x1 + 8, (y1 + y2) / 2, words))
         elif words:
             shapes.append(text((x1 + x2) / 2, y1 - 6, words, "middle"))
-    return picture(910, 285, shapes)
+    return picture(1050, 285, shapes)
 
 
 PICTURES = {

@@ -59,6 +59,8 @@ def default_chunk_size(grid_size: Pair, num_landmarks: int, two_d: bool) -> int:
     if two_d:
         # Exact below 2**52, as the root of a float64 is correctly rounded.
         length = torch.sym_int(torch.sym_sqrt(length))
+    if isinstance(length, int):
+        return max(1, length)
     return torch.sym_max(1, length)  # type: ignore[return-value]  # a SymInt counts as an int
 
 

@@ -204,12 +204,12 @@ def test_lora() -> None:
     """On both projections, with the landmarks trained in full, and merged back into the weights."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    attention, x = MODULES["2-D"]().eval(), tokens()
+    attention, x = MODULES["2-D"](dtype=torch.float64).eval(), tokens(dtype=torch.float64)
     config = peft.LoraConfig(target_modules=["qkv", "proj"], modules_to_save=["landmark_projection"], r=2)
     model = peft.get_peft_model(Wrapped(copy.deepcopy(attention)), config).eval()
     torch.testing.assert_close(model(x), attention(x))  # adapters start at zero
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for _ in range(2):
         optimizer.zero_grad()
         model(x).square().sum().backward()
