@@ -49,6 +49,16 @@ def test_augmented_sdpa_is_eva_without_noise(data):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # of float32
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_graphed_steps_are_eager_steps_on_cuda(data):
+    graphed, eager = (
+        Training(replace(TINY, variant="softmax", steps=8, device="cuda"), data) for _ in range(2)
+    )
+    eager.train_step = eager._train_step
+    for _ in range(8):
+        assert float(graphed.advance()) == pytest.approx(float(eager.advance()), rel=1e-4)  # of float32
+
+
 def test_pairs_are_the_same_every_other_time(data):
     task = TASKS["same"]
     data = task.select(data)
