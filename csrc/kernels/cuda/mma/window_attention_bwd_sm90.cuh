@@ -25,9 +25,9 @@ struct WindowGradSm90Traits {
     static constexpr int kThreads = kConsumers + kWarpgroupSize;
     static constexpr int kConsumerRegisters = kHeadDim == 64 ? 216 : 232;
     static constexpr int kServiceRegisters = 3 * 168 - kWarpgroups * kConsumerRegisters; // 168 each at launch
-    static constexpr int kTile = 64;                                           // rows
-    static constexpr int kPanels = kHeadDim / 64, kPanelElements = kTile * 64; // of 64 columns
-    static constexpr int kRowSlots = 2;                                        // of a warpgroup
+    static constexpr int kTile = 64;                                                     // rows
+    static constexpr int kPanels = kHeadDim / 64, kPanelElements = kTile * 64;           // of 64 columns
+    static constexpr int kRowSlots = 2;                                                  // of a warpgroup
     static constexpr int kColumnSlots = kHeadDim == 64 ? 6 : 3;
 
     // Keys and values, queries and gradients of outputs, or landmark keys and values.
