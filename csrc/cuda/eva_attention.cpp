@@ -10,11 +10,8 @@ void forward(const Call& call, const Tensors<6>& outputs) {
     const auto& [output, logsumexp, landmark_key, landmark_value, key_mean, query_mean] = outputs;
     const Geometry geometry = concrete(call.geometry);
     run(EvaAttention::kName, call, [&](cudaStream_t stream) {
-        // Both first, as they may launch kernels of their own.
-        Summary summary(call, geometry, key_mean, query_mean);
-        Attention attention(call, geometry, landmark_key, landmark_value, output, logsumexp, stream);
-        summary.forward(landmark_key, landmark_value, stream);
-        attention.forward(/*follows_summary=*/true);
+        Summary(call, geometry, key_mean, query_mean).forward(landmark_key, landmark_value, stream);
+        Attention(call, geometry, landmark_key, landmark_value, output, logsumexp, stream).forward();
     });
 }
 

@@ -47,10 +47,7 @@ Attention::Attention(const Call& call, const Geometry& geometry, const OptionalT
     };
 }
 
-void Attention::forward(bool follows_summary) {
-    params_.follows_summary = follows_summary;
-    forward_for(dtype_, params_)(dtype_, params_, stream_);
-}
+void Attention::forward() const { forward_for(dtype_, params_)(dtype_, params_, stream_); }
 
 void Attention::backward_global(const Tensor& grad_output) {
     const Shape& shape = params_.shape;

@@ -12,8 +12,7 @@ class Attention {
               const OptionalTensor& landmark_value, const Tensor& output, const Tensor& logsumexp,
               cudaStream_t stream);
 
-    // `follows_summary`: as in AttentionParams.
-    void forward(bool follows_summary = false);
+    void forward() const;
 
     // The backward's first half: gradients of landmarks and prefix keys.
     void backward_global(const Tensor& grad_output);

@@ -143,8 +143,6 @@ struct AttentionParams {
     int64_t bias_pieces = 0;            // summands of the bias gradient for each (batch, head)
     void* grad_relative_bias = nullptr; // T [B H, bias_pieces, bias_height * bias_width] or null
     ChunkTerms chunk_terms{};
-    // forward: the stream's last kernel writes the landmarks, and nothing else that is read or written here
-    bool follows_summary = false;
 };
 
 } // namespace eva_attn::cuda

@@ -140,20 +140,6 @@ __device__ inline float reciprocal_approx(float x) {
     return y;
 }
 
-// Once all CTAs have said this or ended, the stream's next kernel may start, if it was launched to do so.
-__device__ inline void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
-#endif
-}
-// In a kernel that may have started before the stream's previous one ended: until that is over, and what it
-// wrote is visible.
-__device__ inline void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;\n" ::: "memory");
-#endif
-}
-
 // Asks for a line to be brought into the L2 cache.
 __device__ inline void prefetch(const void* global) {
     asm volatile("prefetch.global.L2 [%0];\n" ::"l"(global));

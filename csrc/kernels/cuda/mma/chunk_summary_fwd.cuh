@@ -194,7 +194,6 @@ __global__ void __launch_bounds__(SummaryFwdTraits<kHeadDim>::kThreads,
     using Traits = SummaryFwdTraits<kHeadDim>;
     using Mean = typename Traits::Mean;
     constexpr int kLanes = Traits::kLanes, kUnroll = Traits::kUnroll;
-    let_next_kernel_start();
 
     const int parts = 1 << plan.parts_log2, partials = 1 << plan.partials_log2;
     const int rows_per_cta = plan.rows_per_cta, tile_rows = (rows_per_cta + 15) / 16 * 16;

@@ -16,7 +16,7 @@ namespace eva_attn::cuda::mma {
 
 template <class S, int kHeadDim>
 struct AttentionSm90Traits {
-    // Warpgroups that compute a tile of queries each; of one more, two warps load, and a warp stores.
+    // Warpgroups that compute a tile of queries each; of one more, a warp loads, and a warp stores.
     static constexpr int kWarpgroups = kHeadDim == 64 ? 3 : 2;
     static constexpr int kConsumers = kWarpgroups * kWarpgroupSize;
     static constexpr int kThreads = kConsumers + kWarpgroupSize;
@@ -122,7 +122,8 @@ struct AttentionSm90 {
     // By one thread.
     __device__ void load() const {
         const Windows& w = plan.windows;
-        RingCursor query, key;
+        RingCursor query, key, landmark;
+        bool is_first = true;
         const auto load_queries = [&](const WindowCursor& at, int tile) {
             barrier_wait(&barriers.query_empty[query.slot], query.phase ^ 1);
             uint64_t* full = &barriers.query_full[query.slot];
@@ -142,25 +143,14 @@ struct AttentionSm90 {
                            at.column * w.queries.width + kBlockN * block, at.row * w.queries.height, at);
                 key.advance(plan.key_slots);
             }
-#pragma unroll 1
-            for (int tile = at_once; tile < plan.tiles; ++tile) load_queries(at, tile);
-        }
-    }
-
-    // By one thread; they may still be in the making.
-    __device__ void load_landmarks() const {
-        if (!plan.has_landmarks) return;
-        wait_for_previous_kernel();
-        RingCursor landmark;
-        bool is_first = true;
-#pragma unroll 1
-        for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan)) {
-            if (is_first || at.begins_sequence()) {
+            if (plan.has_landmarks && (is_first || at.begins_sequence())) {
                 load_block(plan.key_slots + landmark.slot, landmark.phase, kBlockN, maps.landmark_key,
                            maps.landmark_value, 0, 0, at);
                 landmark.advance(plan.landmark_slots);
             }
             is_first = false;
+#pragma unroll 1
+            for (int tile = at_once; tile < plan.tiles; ++tile) load_queries(at, tile);
         }
     }
 
@@ -480,8 +470,7 @@ __global__ void __launch_bounds__(kHasWarpgroups ? AttentionSm90Traits<S, kHeadD
             warpgroup_give_registers<Traits::kServiceRegisters>();
             if (threadIdx.x % kWarpSize != 0) return;
             if (role == 0) attention.load();
-            if (role == 1) attention.load_landmarks();
-            if (role == 2) attention.store();
+            if (role == 1) attention.store();
         }
     }
 }
@@ -554,17 +543,8 @@ bool launch_window_attention_fwd_sm90(const AttentionParams& p, cudaStream_t str
         !make_landmark_map(maps.landmark_value, p.landmark_value))
         return false;
 
-    cudaLaunchAttribute early_start{};
-    early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early_start.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = static_cast<unsigned>(ctas);
-    config.blockDim = Traits::kThreads;
-    config.dynamicSmemBytes = Attention::shared_bytes(plan);
-    config.stream = stream;
-    config.attrs = &early_start;
-    config.numAttrs = p.follows_summary && plan.has_landmarks;
-    cudaLaunchKernelEx(&config, kernel, p, plan, maps);
+    const auto bytes = static_cast<int>(Attention::shared_bytes(plan));
+    kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, bytes, stream>>>(p, plan, maps);
     return true;
 }
 
