@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/mma/bwd_utils.cuh"
 #include "kernels/cuda/mma/persistent.cuh"
 #include "kernels/cuda/mma/product.cuh"
@@ -587,9 +588,10 @@ bool launch_window_attention_bwd_sm90(const AttentionParams& p, cudaStream_t str
         return false;
     const int64_t num_windows = p.shape.batch * p.shape.heads * w.num_windows;
     if (num_windows == 0) return true;
-    cudaFuncAttributes attributes;
-    if (num_windows > INT_MAX || cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess ||
-        attributes.maxThreadsPerBlock < Traits::kThreads)
+    constexpr int kBytes = sizeof(typename Traits::Shared);
+    static LimitsOf limits_of;
+    const KernelLimits& limits = limits_of(kernel);
+    if (num_windows > INT_MAX || limits.threads < Traits::kThreads || limits.shared_bytes < kBytes)
         return false;
     const WindowGradSm90Plan plan{
         .windows = w,
@@ -619,8 +621,6 @@ bool launch_window_attention_bwd_sm90(const AttentionParams& p, cudaStream_t str
         !make_map(maps.grad_value, p.grad_value, tokens))
         return false;
 
-    constexpr int kBytes = sizeof(typename Traits::Shared);
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
     const int64_t ctas = std::min<int64_t>(num_windows, multiprocessors());
     kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, kBytes, stream>>>(p, plan, maps);
     return true;
