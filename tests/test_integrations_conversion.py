@@ -283,6 +283,16 @@ def test_bad_arguments():
         convert(encoder(), sequences(1), forward=lambda model, x: model.layers[0](x), **LOCAL)
 
 
+def test_attention_that_gives_nothing():
+    model = encoder()
+    for layer in model.layers:
+        nn.init.zeros_(layer.self_attn.out_proj.weight)
+        nn.init.zeros_(layer.self_attn.out_proj.bias)
+    report = convert(model, sequences(1), steps=2, **LOCAL)
+    assert [(gap.before, gap.after) for gap in report.layers] == [(0, 0)] * 2
+    assert all(x.isfinite().all() for x in model.parameters())
+
+
 def test_swin_has_nothing_to_match():
     timm = pytest.importorskip("timm")
     model = timm.create_model(

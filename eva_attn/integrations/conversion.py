@@ -107,7 +107,8 @@ def convert(
         model: changed in place. Weights in float32 fit best; `forward` may use autocast.
         batches: such as a `DataLoader`; iterated again as long as steps are left. Labels are not used.
         forward: runs a model on a batch, with gradients. None: `model(**batch)` for a mapping,
-            `model(batch[0])` for a list or tuple, `model(batch)` otherwise, on the model's device.
+            `model(batch)` for a tensor, for a list or tuple the same with its first entry, on the model's
+            device.
         held_out: batches to measure the gap on (None: the first 4 of `batches`).
         steps: of Adam, a batch each, with `learning_rate` falling to 0 by half a cosine. 0 only measures.
         progress: write a line to stderr after every tenth of the steps.
@@ -204,13 +205,13 @@ def _gaps(run: Callable[[Any, Visit], None], names: list[str], batches: list[Any
 
 
 def _squares(output: Tensor, target: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums of squares of the error, and of the target."""
+    """Sums of squares of the error, and of the target, which is not 0."""
     wide = torch.promote_types(output.dtype, torch.float32)
     output, target = output.to(wide), target.to(wide)
     error = output - target
     if valid is not None:
         error, target = (x.masked_fill(~valid[..., None], 0) for x in (error, target))
-    return error.square().sum(), target.square().sum()
+    return error.square().sum(), target.square().sum().clamp(min=torch.finfo(wide).tiny)
 
 
 def _side_by_side(
@@ -309,7 +310,9 @@ def _endlessly(batches: Iterable[Any], steps: int) -> Iterator[Any]:
 
 
 def _forward(model: nn.Module, batch: Any, device: torch.device) -> object:
+    if isinstance(batch, (list, tuple)):
+        batch = batch[0]
+    elif isinstance(batch, Mapping):
+        batch = dict(batch)  # also what is like a dict without being one
     batch = tree_map_only(Tensor, lambda x: x.to(device), batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (list, tuple)) else batch)
+    return model(**batch) if isinstance(batch, dict) else model(batch)
