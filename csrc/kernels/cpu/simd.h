@@ -149,7 +149,7 @@ inline void convert(float from, Half& to) {
     p = p * (r * r) + r + splat(1.0f);
     const Bits exponent = reinterpret_cast<Bits>(shifted) << 23;
     const Bits result = reinterpret_cast<Bits>(p) + exponent; // wraps where x is tiny
-    const Integer tiny = x < splat(-87.3f); // false for NaN, which stays
+    const Integer tiny = x < splat(-87.3f);                   // false for NaN, which stays
     return reinterpret_cast<Vec<float>>(result & ~reinterpret_cast<Bits>(tiny));
 }
 inline Vec<double> exp(Vec<double> x) {
