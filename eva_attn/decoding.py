@@ -12,6 +12,18 @@ if TYPE_CHECKING:
     from .modules import LandmarkProjection
 
 
+# By name: older versions of torch.compile cannot look through an object for its tensors.
+STATE_TENSORS = (
+    "window_key",
+    "window_value",
+    "landmark_key",
+    "landmark_value",
+    "key_sum",
+    "query_sum",
+    "head_position",
+)
+
+
 @dataclass(eq=False)
 class DecodingState:
     """What causal EVA keeps of B sequences, each at its own position: made by `CausalEVAttention.init_state`.
@@ -114,7 +126,7 @@ class DecodingState:
 
     def tensors(self) -> dict[str, Any]:
         """What grows with the sequences, under the names that the operator has for it."""
-        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return {name: getattr(self, name) for name in STATE_TENSORS}
 
 
 def prefill(
