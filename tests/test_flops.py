@@ -28,7 +28,8 @@ def qkv() -> list[Tensor]:
 
 
 def test_every_operator_has_a_formula() -> None:
-    names = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("eva_attn::")}
+    schemas = (s for s in torch._C._jit_get_all_schemas() if s.name.startswith("eva_attn::"))
+    names = {s.name for s in schemas if s.arguments}  # build_info has none
     registered = {f"eva_attn::{x.__name__}" for x in flop_registry if "eva_attn" in str(x)}
     assert names == registered
 
