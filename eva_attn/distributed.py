@@ -94,7 +94,7 @@ class HeadwiseParallel(ParallelStyle):
     packed order would share out q, k and v instead of heads. So load a checkpoint before; afterwards
     `weight.full_tensor().transpose(0, 1).flatten(0, 2)` is the packed weight.
 
-    ValueError where processes do not divide the heads, TypeError for other modules.
+    ValueError where processes do not divide the heads, and for grouped heads; TypeError for other modules.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -103,6 +103,11 @@ class HeadwiseParallel(ParallelStyle):
         if module.num_heads % device_mesh.size():
             raise ValueError(
                 f"num_heads: expected a multiple of {device_mesh.size()} processes, got {module.num_heads}"
+            )
+        if module.num_kv_heads != module.num_heads:
+            raise ValueError(
+                f"num_kv_heads: expected num_heads = {module.num_heads}, got {module.num_kv_heads}: grouped "
+                "heads cannot be shared out"
             )
         module.qkv = _HeadwiseProjection(module.qkv, module.num_heads)  # type: ignore[assignment]
         shards = {module.qkv.weight: 0, module.qkv.bias: 0, module.proj.weight: 1}

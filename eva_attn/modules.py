@@ -282,14 +282,20 @@ class _ProjectedEVA(_EVA):
         is_altered = self.q_norm is not None or self.rotary_embedding is not None
         if is_altered or self.num_kv_heads != self.num_heads:
             return eva_attention(*self._unpacked(x), **options)
-        packed = self.qkv(x).reshape(x.shape[0], x.shape[1], 3, self.num_heads, self.head_dim)
-        return eva_attention_qkvpacked(packed, **options)
+        return eva_attention_qkvpacked(self._packed(x), **options)
+
+    def _packed(self, x: Tensor) -> Tensor:
+        """[B, N, dim] -> [B, N, 3, H, D], where keys and values have as many heads as queries."""
+        return self.qkv(x).reshape(x.shape[0], x.shape[1], 3, self.num_heads, self.head_dim)
 
     def _unpacked(self, x: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, dim], of which the first tokens stand at `start` [B], None = 0 -> query [B, H, N, D], key
         and value [B, num_kv_heads, N, D]."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        query, key, value = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 2)
+        if self.num_kv_heads == self.num_heads:
+            query, key, value = self._packed(x).unbind(2)
+        else:
+            heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+            query, key, value = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 2)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

@@ -149,7 +149,12 @@ def check_functions() -> None:
     share = distribute_tensor(query[:, :3], mesh, [Shard(1)])
     with pytest.raises(ValueError, match="heads: expected a multiple of"):
         functional.eva_attention(share, share, share, window_size=4, chunk_size=2)
-    for module, error in ((nn.Linear(4, 4), TypeError), (EVAttention(12, 3), ValueError)):
+    grouped = CausalEVAttention(DIM, HEADS, num_kv_heads=2)
+    for module, error in (
+        (nn.Linear(4, 4), TypeError),
+        (EVAttention(12, 3), ValueError),
+        (grouped, ValueError),
+    ):
         with pytest.raises(error, match="expected"):
             parallelize_module(module, mesh, HeadwiseParallel())
 
