@@ -8,8 +8,6 @@ softmax's, over that of softmax's own; operations are those of one head of one s
 """
 
 import argparse
-import shlex
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -221,7 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
             draw_landmarks(model, sizes.windows[0], sizes.chunks[0], options.image)
     content = {
         **facts,
-        "command": shlex.join(["python", "-m", "benchmarks.gap", *(arguments or sys.argv[1:])]),
+        "command": harness.command("gap", arguments),
         "seed": 0,
         "deviations": deviations,
         "results": [asdict(r) for r in everything],

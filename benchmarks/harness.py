@@ -4,14 +4,17 @@ A machine's clock and its neighbours drift: what runs side by side is comparable
 not.
 """
 
+import argparse
 import ctypes
 import datetime
 import json
 import multiprocessing
 import os
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -213,6 +216,11 @@ def environment(device: torch.device) -> dict[str, Any]:
     return facts
 
 
+def command(module: str, arguments: list[str] | None) -> str:
+    """What was typed to run a module of this package; `arguments` None: those of this process."""
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *(arguments or sys.argv[1:])])
+
+
 def headline(facts: dict[str, Any]) -> str:
     """`environment` in a line."""
     version = f"eva_attn {facts['eva_attn']['version']} ({facts['commit']})"
@@ -231,6 +239,21 @@ def _commit() -> str:
 def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def draw_json(
+    module: str,
+    description: str | None,
+    source: str,
+    draw: Callable[[dict[str, Any], Path], None],
+    arguments: list[str] | None,
+) -> None:
+    """The command of a module that draws what `benchmarks.<source> --json` wrote."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=description)
+    parser.add_argument("json", type=Path, help=f"what `python -m benchmarks.{source} --json` wrote")
+    parser.add_argument("picture", type=Path)
+    options = parser.parse_args(arguments)
+    draw(json.loads(options.json.read_text()), options.picture)
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:

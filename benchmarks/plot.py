@@ -1,7 +1,5 @@
 """Pictures of what `benchmarks.attention` measured: `python -m benchmarks.plot results.json picture.png`."""
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+
+from . import harness
 
 DIRECTIONS = {"forward": "o", "forward + backward": "s"}
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -88,11 +88,7 @@ def roofline(axes: Axes, results: list[dict[str, Any]], ceiling: dict[str, float
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
-    parser.add_argument("json", type=Path, help="what `python -m benchmarks.attention --json` wrote")
-    parser.add_argument("picture", type=Path)
-    options = parser.parse_args(arguments)
-    draw(json.loads(options.json.read_text()), options.picture)
+    harness.draw_json("plot", __doc__, "attention", draw, arguments)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ that is classified is a sum over windows, from which three in four is the best t
 """
 
 import argparse
-import shlex
 import statistics
 import sys
 import tempfile
@@ -386,7 +385,7 @@ def main(arguments: list[str] | None = None) -> None:
     facts = harness.environment(torch.device(parsed.device))
     content: dict[str, Any] = {
         **facts,
-        "command": shlex.join(["python", "-m", "benchmarks.quality", *(arguments or sys.argv[1:])]),
+        "command": harness.command("quality", arguments),
         "seeds": list(seeds),
         "tasks": {},
     }

@@ -1,6 +1,5 @@
 """Attention of the models that `benchmarks.quality` trains: what the demo compares, and ablations of EVA."""
 
-import math
 from typing import Any
 
 import torch
@@ -46,9 +45,8 @@ class LandmarkAttention(_ProjectedAttention):
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         noise = None
         if self.training:
-            batch, heads, _, dim = query.shape
-            chunks = math.prod(geometry.chunk_grid(self.grid_size, (self.chunk_size, self.chunk_size)))
-            noise = torch.randn(batch, heads, chunks, dim, device=query.device)
+            chunk = (self.chunk_size, self.chunk_size)
+            noise = functional.draw_noise(query.shape, self.grid_size, chunk, query.device)
         landmarks = functional.chunk_summary(
             query,
             key,

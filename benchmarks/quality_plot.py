@@ -1,7 +1,5 @@
 """The picture of what `benchmarks.quality` measured: `python -m benchmarks.quality_plot JSON PICTURE`."""
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+
+from . import harness
 
 COLORS = {
     "softmax": "#333333",
@@ -102,11 +102,7 @@ def all_variants(axes: Axes, results: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality_plot", description=__doc__)
-    parser.add_argument("json", type=Path, help="what `python -m benchmarks.quality --json` wrote")
-    parser.add_argument("picture", type=Path)
-    options = parser.parse_args(arguments)
-    draw(json.loads(options.json.read_text()), options.picture)
+    harness.draw_json("quality_plot", __doc__, "quality", draw, arguments)
 
 
 if __name__ == "__main__":

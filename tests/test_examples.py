@@ -1,15 +1,12 @@
 """Training on digits: repeatable, resumable after a kill, and the demo's table and plot."""
 
 import json
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from processes import kill_once_saved
 
 from examples import convert, demo, digits
 from examples.running import write_atomically
@@ -115,14 +112,8 @@ def test_killed_process_goes_on(folder, data, tmp_path):
     arguments = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in vars(TINY)]
     command = [sys.executable, "-m", "examples.train_digits", *arguments]
     command += [f"--data={folder}", f"--output-dir={tmp_path}", f"--threads={torch.get_num_threads()}"]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True)
     checkpoint = tmp_path / "eva.pt"
-    deadline = time.monotonic() + 60
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    _, printed = process.communicate()
-    assert process.returncode == -signal.SIGKILL, printed
+    kill_once_saved(command, checkpoint, 60)
 
     resumed = Training(options, data[0][:-10])
     resumed.restore(checkpoint)

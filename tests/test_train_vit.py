@@ -2,22 +2,20 @@
 
 import csv
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT, kill_once_saved
 
 pytest.importorskip("timm")
 
 from examples import train_vit
 from examples.train_vit import Options, Process, Training
 
-ROOT = Path(__file__).parents[1]
 KWARGS = {"patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2}
 TINY = Options(
     image_size=28,
@@ -98,14 +96,8 @@ def test_killed_process_goes_on(options, tmp_path):
     options = replace(options, epochs=500)
     command = [sys.executable, "-m", "examples.train_vit", *arguments(options)]
     command += ["--save-every=3", f"--output-dir={tmp_path}"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     checkpoint = tmp_path / "last.pt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    _, printed = process.communicate()
-    assert process.returncode == -signal.SIGKILL, printed
+    kill_once_saved(command, checkpoint, 120)
 
     resumed = Training(options, Process(torch.device("cpu")))
     resumed.restore(checkpoint)

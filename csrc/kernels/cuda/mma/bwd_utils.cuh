@@ -109,6 +109,54 @@ __device__ inline void multiply_all(float (&x)[kTiles][4], float factor) {
         for (int e = 0; e < 4; ++e) x[n][e] *= factor;
 }
 
+// gradient += factor * a chunk's term, for the rows whose chunks have terms.
+template <int kTiles>
+__device__ inline void add_chunk_term(float (&gradient)[kTiles][4], const void* term,
+                                      const int64_t (&chunk_row)[2], int head_dim, const float (&factor)[2]) {
+    const float* const from = static_cast<const float*>(term) + threadIdx.x % 4 * 2;
+    const bool same = chunk_row[0] == chunk_row[1];
+#pragma unroll
+    for (int d = 0; d < kTiles; ++d) {
+        if (8 * d >= head_dim) continue;
+        float2 x{};
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            if (chunk_row[r] < 0) continue;
+            if (r == 0 || !same) x = *reinterpret_cast<const float2*>(from + chunk_row[r] + 8 * d);
+            gradient[d][2 * r] += factor[r] * x.x;
+            gradient[d][2 * r + 1] += factor[r] * x.y;
+        }
+    }
+}
+
+// What a lane's two rows of keys and values get as members of their chunks. Rows of chunks are as above,
+// those of tokens count all (batch, head); pair_at(d, r): the lane's two elements of key r from column 8 d
+// on.
+template <class S, int kTiles, class PairAt>
+__device__ inline void add_key_terms(float (&grad_key)[kTiles][4], float (&grad_value)[kTiles][4],
+                                     const ChunkTerms& terms, const int64_t (&chunk_row)[2],
+                                     const int64_t (&token_row)[2], int head_dim, const PairAt& pair_at) {
+    float chunk_weight[2] = {}, chunk_grad[2] = {};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        if (chunk_row[r] < 0) continue;
+        chunk_weight[r] = static_cast<const float*>(terms.token_weight)[token_row[r]];
+        chunk_grad[r] = static_cast<const float*>(terms.token_grad)[token_row[r]];
+    }
+    const float one[2] = {1, 1};
+    add_chunk_term(grad_value, terms.grad_beta, chunk_row, head_dim, chunk_weight);
+    add_chunk_term(grad_key, terms.omega, chunk_row, head_dim, chunk_grad);
+    add_chunk_term(grad_key, terms.grad_key_mean, chunk_row, head_dim, one);
+#pragma unroll
+    for (int d = 0; d < kTiles; ++d)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float2 key = unpack<S>(*pair_at(d, r));
+            grad_key[d][2 * r] -= chunk_grad[r] * key.x;
+            grad_key[d][2 * r + 1] -= chunk_grad[r] * key.y;
+        }
+}
+
 // Eight elements of a row.
 template <class S>
 __device__ inline void unpack_row(float (&x)[8], const uint4& row) {

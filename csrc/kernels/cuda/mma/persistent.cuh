@@ -2,10 +2,21 @@
 #pragma once
 
 #include "kernels/cuda/mma/windows.cuh"
+#include "kernels/cuda/tma.cuh"
 
 namespace eva_attn::cuda::mma {
 
 constexpr int kWarpgroupSize = 128;
+
+// Barriers 1 onward belong to the warpgroups.
+__device__ inline void warpgroup_sync(int warpgroup) {
+    asm volatile("bar.sync %0, %1;\n" ::"r"(1 + warpgroup), "n"(kWarpgroupSize) : "memory");
+}
+// One arrival, when the whole warp is done.
+__device__ inline void release(uint64_t* barrier) {
+    __syncwarp();
+    if (threadIdx.x % kWarpSize == 0) barrier_arrive(barrier);
+}
 
 // Where a role stands in a ring of slots. It waits for every phase of those slots that it uses, as only the
 // parity of phases tells them apart.

@@ -1,20 +1,11 @@
 #include <cuda_fp16.h>
 
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/mma/backward.h"
 #include "kernels/cuda/mma/bwd_utils.cuh"
 
 namespace eva_attn::cuda::mma {
-namespace {
-
-int64_t shared_bytes_per_block() {
-    int device = 0, bytes = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    return bytes;
-}
-
-} // namespace
 
 const char* supports_bwd(DType dtype, const SummaryParams& p) {
     if (const char* reason = supports(dtype, p)) return reason;
@@ -43,7 +34,8 @@ const char* supports_bwd(DType dtype, const AttentionParams& p) {
         return "tensor cores are used in the backward pass of a relative bias for windows of at most 64 "
                "tokens "
                "that do not overlap";
-    if (is_one_block(g) && Backward<__half>::shared_bytes(p) > shared_bytes_per_block())
+    if (is_one_block(g) &&
+        Backward<__half>::shared_bytes(p) > device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>())
         return "the tensor-core backward pass needs more shared memory for head dims above 64 than the "
                "device has";
     return nullptr;

@@ -40,26 +40,6 @@ struct BlockGradPlan {
     int num_chunks, chunk_columns, chunk_height, chunk_width;
 };
 
-// gradient += factor * a chunk's term, for the rows whose chunks have terms.
-template <int kTiles>
-__device__ inline void add_chunk_term(float (&gradient)[kTiles][4], const void* term,
-                                      const int64_t (&chunk_row)[2], int head_dim, const float (&factor)[2]) {
-    const float* const from = static_cast<const float*>(term) + threadIdx.x % 4 * 2;
-    const bool same = chunk_row[0] == chunk_row[1];
-#pragma unroll
-    for (int d = 0; d < kTiles; ++d) {
-        if (8 * d >= head_dim) continue;
-        float2 x{};
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            if (chunk_row[r] < 0) continue;
-            if (r == 0 || !same) x = *reinterpret_cast<const float2*>(from + chunk_row[r] + 8 * d);
-            gradient[d][2 * r] += factor[r] * x.x;
-            gradient[d][2 * r + 1] += factor[r] * x.y;
-        }
-    }
-}
-
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     window_attention_bwd_keys_kernel(const __grid_constant__ AttentionParams p,
@@ -195,29 +175,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     multiply_all(grad_key, scale);
     const ChunkTerms& terms = p.chunk_terms;
     if (terms.omega) {
-        int64_t chunk_row[2] = {-1, -1};
-        float chunk_weight[2] = {}, chunk_grad[2] = {};
+        int64_t chunk_row[2] = {-1, -1}, token_row[2] = {};
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             if (token[r] < 0) continue;
             const int chunk = at[r].y / plan.chunk_height * plan.chunk_columns + at[r].x / plan.chunk_width;
             chunk_row[r] = (bh * plan.num_chunks + chunk) * head_dim;
-            chunk_weight[r] = static_cast<const float*>(terms.token_weight)[bh * w.num_tokens + token[r]];
-            chunk_grad[r] = static_cast<const float*>(terms.token_grad)[bh * w.num_tokens + token[r]];
+            token_row[r] = bh * w.num_tokens + token[r];
         }
-        const float one[2] = {1, 1};
-        add_chunk_term(grad_value, terms.grad_beta, chunk_row, head_dim, chunk_weight);
-        add_chunk_term(grad_key, terms.omega, chunk_row, head_dim, chunk_grad);
-        add_chunk_term(grad_key, terms.grad_key_mean, chunk_row, head_dim, one);
-#pragma unroll
-        for (int d = 0; d < kHeadDim / 8; ++d)
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const float2 key =
-                    unpack<S>(*reinterpret_cast<const uint32_t*>(keys.unit(own + group + 8 * r, d) + pair));
-                grad_key[d][2 * r] -= chunk_grad[r] * key.x;
-                grad_key[d][2 * r + 1] -= chunk_grad[r] * key.y;
-            }
+        add_key_terms<S>(grad_key, grad_value, terms, chunk_row, token_row, head_dim, [&](int d, int r) {
+            return reinterpret_cast<const uint32_t*>(keys.unit(own + group + 8 * r, d) + pair);
+        });
     }
     __syncthreads();
     const auto store = [&](const float (&gradient)[kHeadDim / 8][4], const Rows& rows) {

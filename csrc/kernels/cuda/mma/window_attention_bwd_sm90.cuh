@@ -247,13 +247,6 @@ struct WindowGradSm90 {
     using Gradient = float[kHeadDim / 8][4];
     using Operand = uint32_t[kTile / 16][4];
 
-    __device__ static void warpgroup_sync(int warpgroup) {
-        asm volatile("bar.sync %0, %1;\n" ::"r"(1 + warpgroup), "n"(kWarpgroupSize) : "memory");
-    }
-    __device__ static void release(uint64_t* barrier) {
-        __syncwarp();
-        if (threadIdx.x % kWarpSize == 0) barrier_arrive(barrier);
-    }
     // In the row of the tile; and 8 further.
     __device__ static int first_row() {
         return threadIdx.x % kWarpgroupSize / kWarpSize * 16 + threadIdx.x % kWarpSize / 4;
@@ -411,28 +404,13 @@ struct WindowGradSm90 {
         if (terms.omega) {
             const int head_dim = static_cast<int>(p.shape.head_dim);
             const int64_t sequence = sequence_of(round.at);
-            int64_t chunk_row[2];
-            float chunk_weight[2] = {}, chunk_grad[2] = {};
+            int64_t chunk_row[2], token_row[2];
             find_chunk_rows(chunk_row, round, tile);
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                if (chunk_row[r] < 0) continue;
-                const int64_t token = sequence + round.x0 + kTile * tile + first_row() + 8 * r;
-                chunk_weight[r] = static_cast<const float*>(terms.token_weight)[token];
-                chunk_grad[r] = static_cast<const float*>(terms.token_grad)[token];
-            }
-            const float one[2] = {1, 1};
-            add_chunk_term(grad_value, terms.grad_beta, chunk_row, head_dim, chunk_weight);
-            add_chunk_term(grad_key, terms.omega, chunk_row, head_dim, chunk_grad);
-            add_chunk_term(grad_key, terms.grad_key_mean, chunk_row, head_dim, one);
-#pragma unroll
-            for (int d = 0; d < kHeadDim / 8; ++d)
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    const float2 key = unpack<S>(*pair_at(rows.first, d, r));
-                    grad_key[d][2 * r] -= chunk_grad[r] * key.x;
-                    grad_key[d][2 * r + 1] -= chunk_grad[r] * key.y;
-                }
+            for (int r = 0; r < 2; ++r)
+                token_row[r] = sequence + round.x0 + kTile * tile + first_row() + 8 * r;
+            add_key_terms<S>(grad_key, grad_value, terms, chunk_row, token_row, head_dim,
+                             [&](int d, int r) { return pair_at(rows.first, d, r); });
         }
         put(grad_key, rows.first);
         put(grad_value, rows.second);

@@ -303,16 +303,8 @@ struct AttentionSm90 {
     }
 
   private:
-    __device__ static void warpgroup_sync(int warpgroup) {
-        asm volatile("bar.sync %0, %1;\n" ::"r"(1 + warpgroup), "n"(kWarpgroupSize) : "memory");
-    }
     __device__ static void consumers_sync() {
         asm volatile("bar.sync 8, %0;\n" ::"n"(Traits::kConsumers) : "memory");
-    }
-
-    __device__ static void release(uint64_t* barrier) {
-        __syncwarp();
-        if (threadIdx.x % kWarpSize == 0) barrier_arrive(barrier);
     }
 
     __device__ Unit unit_of(const WindowCursor& at, int tile, S* queries) const {
