@@ -15,7 +15,8 @@ tools := .venv/.tools
 built := .venv/.built
 
 test_packages := torchvision timm transformers safetensors peft onnx onnxscript cmake pytest hypothesis
-docs_packages := mkdocs-material==9.7.7 mkdocstrings[python]==1.0.6
+# The site is built with Python 3.11 or newer, which its builders need.
+docs_packages := 'mkdocs-material==9.8.2; python_version >= "3.11"' 'mkdocstrings[python]==1.0.8; python_version >= "3.11"'
 lint_packages := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 cpp_files = $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
