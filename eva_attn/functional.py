@@ -518,7 +518,7 @@ def _projection_weights(projection: "LandmarkProjection | None") -> tuple[list[T
             continue
         linear, *norms = branch._modules.values()
         for layer in (linear, *norms):
-            weights += (_registered(layer, layer._parameters, kind) for kind in ("weight", "bias"))
+            weights += [_registered(layer, layer._parameters, kind) for kind in ("weight", "bias")]
         for norm in norms:
             norm_eps = norm.eps
         if not norms:

@@ -109,22 +109,25 @@ __device__ inline void multiply_all(float (&x)[kTiles][4], float factor) {
         for (int e = 0; e < 4; ++e) x[n][e] *= factor;
 }
 
-// gradient += factor * a chunk's term, for the rows whose chunks have terms.
+// gradient += factor * a chunk's term, for the rows whose chunks have terms. A row is loaded whole before its
+// first use, so that memory's latency is waited for once.
 template <int kTiles>
 __device__ inline void add_chunk_term(float (&gradient)[kTiles][4], const void* term,
                                       const int64_t (&chunk_row)[2], int head_dim, const float (&factor)[2]) {
     const float* const from = static_cast<const float*>(term) + threadIdx.x % 4 * 2;
-    const bool same = chunk_row[0] == chunk_row[1];
+    float2 x[kTiles] = {};
 #pragma unroll
-    for (int d = 0; d < kTiles; ++d) {
-        if (8 * d >= head_dim) continue;
-        float2 x{};
+    for (int r = 0; r < 2; ++r) {
+        if (chunk_row[r] < 0) continue;
+        if (r == 0 || chunk_row[1] != chunk_row[0]) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            if (chunk_row[r] < 0) continue;
-            if (r == 0 || !same) x = *reinterpret_cast<const float2*>(from + chunk_row[r] + 8 * d);
-            gradient[d][2 * r] += factor[r] * x.x;
-            gradient[d][2 * r + 1] += factor[r] * x.y;
+            for (int d = 0; d < kTiles; ++d)
+                if (8 * d < head_dim) x[d] = *reinterpret_cast<const float2*>(from + chunk_row[r] + 8 * d);
+        }
+#pragma unroll
+        for (int d = 0; d < kTiles; ++d) {
+            gradient[d][2 * r] += factor[r] * x[d].x;
+            gradient[d][2 * r + 1] += factor[r] * x[d].y;
         }
     }
 }
