@@ -206,7 +206,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "device": device_name(device),
-        "eva_attn": eva_attn.build_info(),
+        "eva_attn": {name: x for name, x in eva_attn.build_info().items() if name != "library"},
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
