@@ -7,6 +7,7 @@
 // 0.
 
 constexpr int64_t kTileElements = 16384; // of the score tile: 64 KB of floats, a fraction of L2
+constexpr int64_t kCausalTileRows = 32;  // fewer see less of what is hidden from the first of them
 constexpr int64_t kPrefixBlock = 256;    // keys that prefix queries take at a time
 constexpr int64_t kCachedBytes =
     64 << 10; // of a head's queries: L2 then holds two heads of forward's tensors
@@ -230,6 +231,7 @@ class WindowAttention : AttentionTile<S, T> {
         ld_score = detail::max(Tile::column_room(landmarks, globals), Tile::column_room(globals, columns));
         if (g.is_causal) ld_score = scratch_row(columns + 2 * kWidth<T>); // keys may begin at any column
         tile_rows = detail::max(kTileElements / ld_score, kTileRows);
+        if (g.is_causal) tile_rows = detail::min(tile_rows, kCausalTileRows);
         tile_rows = detail::ceil_div(window, detail::ceil_div(window, tile_rows)); // even shares
         const int64_t depth = whole_vectors<T>(head_dim);
         Arena arena(scratch);
