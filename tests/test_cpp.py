@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_cases import HAS_CUDA
 
 import eva_attn
 from examples.cpp.export_vit import export
@@ -38,3 +39,11 @@ def test_a_package_runs_without_python(tmp_path: Path) -> None:
     said = finish(start(tmp_path / "run_vit", eva_attn.build_info()["library"], *files))
     assert float(said.splitlines()[0].rpartition(" ")[2]) < 1e-12  # float64
     torch.testing.assert_close(torch.load(files[-1]), model(images))
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="there is no GPU, or no kernel for it")
+def test_a_package_for_cuda(tmp_path: Path) -> None:
+    model = export(str(tmp_path / "vit.pt2"), "cuda")
+    package = torch._inductor.aoti_load_package(str(tmp_path / "vit.pt2"))
+    images = torch.randn(3, 1, 28, 28, device="cuda")
+    torch.testing.assert_close(package(images), model(images))

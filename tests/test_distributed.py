@@ -96,6 +96,15 @@ def check_sharded(share: Tensor, expected: dict[str, Tensor], folder: str) -> No
     assert torch.equal(resumed(share), model(share))
 
 
+def check_compiled(share: Tensor, expected: dict[str, Tensor]) -> None:
+    """Blocks compiled whole, between the hooks that gather their weights."""
+    model = sharded(transformer())
+    for block in model:
+        block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
+    train(model, share)
+    torch.testing.assert_close(whole(model), expected)
+
+
 def check_headwise(batch: Tensor, expected: dict[str, Tensor], folder: str) -> None:
     """Heads shared out by two, the batch by the rest; and the checkpoint with heads shared out by all."""
     world = dist.get_world_size()
@@ -165,6 +174,8 @@ def run_process(rank: int, world: int, folder: str, batch: Tensor, expected: dic
     share = batch.chunk(world)[rank]
     check_data_parallel(share, expected)
     check_sharded(share, expected, folder)
+    if world == 2:
+        check_compiled(share, expected)
     check_headwise(batch, expected, folder)
     check_noise_and_dropout(batch)
     check_functions()
