@@ -8,7 +8,7 @@
 namespace eva_attn::cuda {
 
 Summary::Summary(const Call& call, const Geometry& geometry, const Tensor& key_mean, const Tensor& query_mean)
-    : dtype_(kernel_dtype(call.query.scalar_type())),
+    : dtype_(kernel_dtype(call.query.scalar_type())), row_dtype_(call.query.scalar_type()),
       key_projection_(projection_tensors(call.summary.key, key_mean.scalar_type())),
       query_projection_(projection_tensors(call.summary.query, key_mean.scalar_type())),
       mask_(contiguous(call.key_padding_mask, at::kBool)),
@@ -46,24 +46,23 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
     const auto options = key_mean_.options();
     const auto empty = [&](at::IntArrayRef sizes) { return at::empty(sizes, options); };
     const int64_t heads = shape.batch * shape.heads, num_chunks = geometry.num_chunks();
+    const SummaryBackward backward = backward_for(dtype_, params_);
     const int64_t per_chunk[] = {heads, num_chunks, shape.head_dim};
-    omega_ = empty(per_chunk);
-    grad_beta_ = empty(per_chunk);
-    grad_key_mean_ = empty(per_chunk);
-    grad_query_mean_ = empty(per_chunk);
+    rounded_terms_ = backward.on_tensor_cores;
+    for (Tensor* term : {&omega_, &grad_beta_, &grad_key_mean_, &grad_query_mean_})
+        *term = at::empty(per_chunk, rounded_terms_ ? options.dtype(row_dtype_) : options);
     const bool half = dtype_ == DType::kBFloat16 || dtype_ == DType::kHalf;
     chunk_stats_ = at::empty({heads, num_chunks, 2}, options.dtype(half ? at::kFloat : at::kDouble));
     if (geometry.chunk_overlap_y == 0 && geometry.chunk_overlap_x == 0) {
         token_weight_ = empty({heads, geometry.num_tokens()});
         token_grad_ = empty({heads, geometry.num_tokens()});
     }
-    const SummaryBackward backward = backward_for(dtype_, params_);
-    Tensor grad_projections, projection_rows;
+    Tensor grad_projections, projection_rows, mu_rows;
+    if (backward.on_tensor_cores) mu_rows = empty(per_chunk);
     if (params_.has_projection) {
         params_.projection_pieces = backward.projection_pieces(dtype_, params_);
         grad_projections = empty({params_.projection_pieces, 2, shape.head_dim + 3, shape.head_dim});
-        if (backward.needs_projection_rows)
-            projection_rows = empty({2, 3, heads, num_chunks, shape.head_dim});
+        if (!backward.on_tensor_cores) projection_rows = empty({2, 3, heads, num_chunks, shape.head_dim});
     }
 
     params_.grad_landmark_key = data(grad_landmark_key);
@@ -79,6 +78,7 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
     params_.token_grad = data(token_grad_);
     params_.grad_projections = data(grad_projections);
     params_.projection_rows = data(projection_rows);
+    params_.mu_rows = data(mu_rows);
     backward.run(dtype_, params_, stream);
 
     if (!params_.has_projection) return;
@@ -102,7 +102,8 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
 }
 
 ChunkTerms Summary::chunk_terms() const {
-    return {.omega = params_.omega,
+    return {.rounded = rounded_terms_,
+            .omega = params_.omega,
             .grad_beta = params_.grad_beta,
             .grad_key_mean = params_.grad_key_mean,
             .grad_query_mean = params_.grad_query_mean,

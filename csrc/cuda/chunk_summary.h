@@ -20,9 +20,11 @@ class Summary {
 
   private:
     DType dtype_;
+    at::ScalarType row_dtype_; // of queries, keys and values
     ProjectionTensors key_projection_, query_projection_;
     Tensor mask_, noise_, key_mean_, query_mean_;
     Tensor omega_, grad_beta_, grad_key_mean_, grad_query_mean_, chunk_stats_, token_weight_, token_grad_;
+    bool rounded_terms_ = false;
     SummaryParams params_;
 };
 

@@ -36,10 +36,10 @@ SummaryBackward backward_for(DType dtype, const SummaryParams& params) {
     if (on_tensor_cores(dtype, mma::supports_bwd(dtype, params)))
         return {.run = mma::chunk_summary_bwd,
                 .projection_pieces = mma::projection_pieces,
-                .needs_projection_rows = false};
+                .on_tensor_cores = true};
     return {.run = simt::chunk_summary_bwd,
             .projection_pieces = simt::projection_pieces,
-            .needs_projection_rows = true};
+            .on_tensor_cores = false};
 }
 AttentionBackward backward_for(DType dtype, const AttentionParams& params) {
     if (on_tensor_cores(dtype, mma::supports_bwd(dtype, params)))

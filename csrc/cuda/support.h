@@ -15,7 +15,7 @@ using AttentionForward = decltype(&simt::window_attention_fwd);
 struct SummaryBackward {
     decltype(&simt::chunk_summary_bwd) run;
     decltype(&simt::projection_pieces) projection_pieces;
-    bool needs_projection_rows;
+    bool on_tensor_cores;
 };
 struct AttentionBackward {
     decltype(&simt::window_attention_bwd_global) run_global;

@@ -60,15 +60,15 @@ struct SummaryParams {
     void* landmark_value = nullptr; // S [B, H, C, D]
     void* key_mean = nullptr;       // T [B, H, C, D]
     void* query_mean = nullptr;     // T [B, H, C, D], unused where mu = 0
-    // backward, in: landmark gradients as `pieces` summands, added in order
-    const void* grad_landmark_key = nullptr;   // T [B H, pieces, global columns, D], landmarks first
-    const void* grad_landmark_value = nullptr; // T [B H, pieces, global columns, D]
+    // backward, in: landmark gradients as `pieces` summands, added in order; mma leaves the sum in the first
+    void* grad_landmark_key = nullptr;   // T [B H, pieces, global columns, D], landmarks first
+    void* grad_landmark_value = nullptr; // T [B H, pieces, global columns, D]
     int64_t pieces = 0, global_columns = 0;
-    // backward, out: what each member token needs of its chunk
-    void* omega = nullptr;           // T [B H C, D]
-    void* grad_beta = nullptr;       // T [B H C, D]
-    void* grad_key_mean = nullptr;   // T [B H C, D], divided by the mean's divisor
-    void* grad_query_mean = nullptr; // T [B H C, D], likewise
+    // backward, out: what each member token needs of its chunk, of mma in S, else in T
+    void* omega = nullptr;           // [B H C, D]
+    void* grad_beta = nullptr;       // [B H C, D]
+    void* grad_key_mean = nullptr;   // [B H C, D], divided by the mean's divisor
+    void* grad_query_mean = nullptr; // [B H C, D], likewise
     // [B H C, 2], double for float: log-sum-exp of the chunk's logits, sum_j p_j (grad_beta . v_j)
     void* chunk_stats = nullptr;
     // ... and where there is no chunk overlap, so that each token is in one chunk, else null:
@@ -81,6 +81,8 @@ struct SummaryParams {
     // backward, scratch of simt, for the key's and the query's projection: gradient of the Linear's output,
     // the LayerNorm's normalised input, gradient of A's output
     void* projection_rows = nullptr; // T [2, 3, B H C, D]
+    // ... and of mma: omega, then the gradient of mu
+    void* mu_rows = nullptr; // T [B H C, D]
 };
 
 // The gradients of the projections' parameters from their summands.
@@ -96,6 +98,7 @@ struct ProjectionGradients {
 
 // What the joint attention's backward adds for each token as a member of its chunks; omega null: nothing.
 struct ChunkTerms {
+    bool rounded; // the four rows of each chunk are in S, else in T
     const void* omega;
     const void* grad_beta;
     const void* grad_key_mean;

@@ -140,12 +140,4 @@ __device__ inline float reciprocal_approx(float x) {
     return y;
 }
 
-// Asks for a line to be brought into the L2 cache.
-__device__ inline void prefetch(const void* global) {
-    asm volatile("prefetch.global.L2 [%0];\n" ::"l"(global));
-}
-
-// A barrier of two of a block's warps, number `pair` of such pairs.
-__device__ inline void pair_sync(int pair) { asm volatile("bar.sync %0, 64;\n" ::"r"(1 + pair) : "memory"); }
-
 } // namespace eva_attn::cuda

@@ -90,8 +90,13 @@ __device__ inline void store_box(const void* shared, const CUtensorMap& map, int
                  "l"(&map), "r"(d), "r"(x), "r"(y), "r"(head), "r"(batch), "l"(policy.bits)
                  : "memory");
 }
-__device__ inline void prefetch_line(const void* global) {
-    asm volatile("prefetch.global.L1 [%0];\n" ::"l"(global));
+// Consecutive bytes, a multiple of 16 as the addresses are.
+__device__ inline void load_bytes(void* shared, const void* global, int bytes, uint64_t* barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(
+            shared_address(shared)),
+        "l"(global), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
 }
 
 __device__ inline void store_commit() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }

@@ -111,23 +111,24 @@ __device__ inline void multiply_all(float (&x)[kTiles][4], float factor) {
 
 // gradient += factor * a chunk's term, for the rows whose chunks have terms. A row is loaded whole before its
 // first use, so that memory's latency is waited for once.
-template <int kTiles>
+template <class S, int kTiles>
 __device__ inline void add_chunk_term(float (&gradient)[kTiles][4], const void* term,
                                       const int64_t (&chunk_row)[2], int head_dim, const float (&factor)[2]) {
-    const float* const from = static_cast<const float*>(term) + threadIdx.x % 4 * 2;
-    float2 x[kTiles] = {};
+    const S* const from = static_cast<const S*>(term) + threadIdx.x % 4 * 2;
+    uint32_t x[kTiles] = {};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         if (chunk_row[r] < 0) continue;
         if (r == 0 || chunk_row[1] != chunk_row[0]) {
 #pragma unroll
             for (int d = 0; d < kTiles; ++d)
-                if (8 * d < head_dim) x[d] = *reinterpret_cast<const float2*>(from + chunk_row[r] + 8 * d);
+                if (8 * d < head_dim) x[d] = *reinterpret_cast<const uint32_t*>(from + chunk_row[r] + 8 * d);
         }
 #pragma unroll
         for (int d = 0; d < kTiles; ++d) {
-            gradient[d][2 * r] += factor[r] * x[d].x;
-            gradient[d][2 * r + 1] += factor[r] * x[d].y;
+            const float2 pair = unpack<S>(x[d]);
+            gradient[d][2 * r] += factor[r] * pair.x;
+            gradient[d][2 * r + 1] += factor[r] * pair.y;
         }
     }
 }
@@ -147,9 +148,9 @@ __device__ inline void add_key_terms(float (&grad_key)[kTiles][4], float (&grad_
         chunk_grad[r] = static_cast<const float*>(terms.token_grad)[token_row[r]];
     }
     const float one[2] = {1, 1};
-    add_chunk_term(grad_value, terms.grad_beta, chunk_row, head_dim, chunk_weight);
-    add_chunk_term(grad_key, terms.omega, chunk_row, head_dim, chunk_grad);
-    add_chunk_term(grad_key, terms.grad_key_mean, chunk_row, head_dim, one);
+    add_chunk_term<S>(grad_value, terms.grad_beta, chunk_row, head_dim, chunk_weight);
+    add_chunk_term<S>(grad_key, terms.omega, chunk_row, head_dim, chunk_grad);
+    add_chunk_term<S>(grad_key, terms.grad_key_mean, chunk_row, head_dim, one);
 #pragma unroll
     for (int d = 0; d < kTiles; ++d)
 #pragma unroll
@@ -170,6 +171,11 @@ __device__ inline void unpack_row(float (&x)[8], const uint4& row) {
         x[2 * i] = pair.x;
         x[2 * i + 1] = pair.y;
     }
+}
+template <class S>
+__device__ inline void pack_row(S* to, const float (&x)[8]) {
+    *reinterpret_cast<uint4*>(to) =
+        uint4{pack<S>(x[0], x[1]), pack<S>(x[2], x[3]), pack<S>(x[4], x[5]), pack<S>(x[6], x[7])};
 }
 __device__ inline void load_floats(float (&x)[8], const float* from) {
     const float4 a = reinterpret_cast<const float4*>(from)[0], b = reinterpret_cast<const float4*>(from)[1];

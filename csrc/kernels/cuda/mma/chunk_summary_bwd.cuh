@@ -127,14 +127,15 @@ __device__ inline void load_projections(const SummaryParams& p, typename Traits:
     weights.norm_bias[branch][i] = norm_bias;
 }
 
-// 16 rows of head_dim floats, of which `count` exist.
-template <int kTiles>
-__device__ inline void load_rows(float (&x)[kTiles][4], const void* rows, int64_t first, int count,
-                                 int head_dim) {
+// 16 rows of head_dim floats, of which `count` exist; row i is number row_of(first + i).
+template <int kTiles, class RowOf>
+__device__ inline void load_rows(float (&x)[kTiles][4], const void* rows, int first, int count, int head_dim,
+                                 const RowOf& row_of) {
     const int group = threadIdx.x % kWarpSize / 4, pair = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const float* const from = static_cast<const float*>(rows) + (first + group + 8 * r) * head_dim + pair;
+        const float* const from =
+            static_cast<const float*>(rows) + row_of(first + group + 8 * r) * head_dim + pair;
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
             const bool exists = group + 8 * r < count && 8 * n < head_dim;
@@ -145,12 +146,10 @@ __device__ inline void load_rows(float (&x)[kTiles][4], const void* rows, int64_
     }
 }
 
-// Asks for 16 rows of `rows` to be brought near.
-__device__ inline void prefetch_rows(const void* rows, int64_t first, int count, int head_dim) {
-    constexpr int kLine = 128 / sizeof(float);
-    const float* const from = static_cast<const float*>(rows) + first * head_dim;
-    for (int i = threadIdx.x % kWarpSize * kLine; i < min(count, 16) * head_dim; i += kWarpSize * kLine)
-        prefetch(from + i);
+template <int kTiles>
+__device__ inline void load_rows(float (&x)[kTiles][4], const void* rows, int first, int count,
+                                 int head_dim) {
+    load_rows(x, rows, first, count, head_dim, [](int row) { return int64_t{row}; });
 }
 
 // A step of eight of a product of 16 rows: its factors' columns 0 .. 7 come in the order 0, 2, 4, 6, 1, 3,
@@ -252,29 +251,34 @@ __device__ inline void project(float (&y)[Traits::kTiles][4], float (&rstd)[2],
     }
 }
 
-// Sums of the pieces of a landmark gradient, four columns a thread.
+// The row that a chunk has in the landmark gradients' first pieces.
+__device__ inline int64_t landmark_row(const SummaryParams& p, const SummaryGradPlan& plan, int chunk) {
+    const int bh = chunk / plan.chunks;
+    return bh * p.pieces * p.global_columns + (chunk - bh * plan.chunks);
+}
+
+// Adds the pieces of a landmark gradient to the first, four columns a thread.
 template <int kThreads>
-__device__ inline void sum_pieces(const SummaryParams& p, const SummaryGradPlan& plan, const void* pieces,
-                                  void* sums) {
+__device__ inline void sum_pieces(const SummaryParams& p, const SummaryGradPlan& plan, void* pieces) {
+    if (p.pieces == 1) return;
     const int head_dim = static_cast<int>(p.shape.head_dim), lanes = head_dim / 4;
     const int64_t stride = p.global_columns * head_dim;
     for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < int64_t{plan.total} * lanes;
          i += int64_t{gridDim.x} * kThreads) {
         const int chunk = static_cast<int>(i / lanes), column = static_cast<int>(i % lanes) * 4;
-        const int bh = chunk / plan.chunks, within = chunk - bh * plan.chunks;
-        const float* from =
-            static_cast<const float*>(pieces) + bh * p.pieces * stride + within * head_dim + column;
+        float* const sums = static_cast<float*>(pieces) + landmark_row(p, plan, chunk) * head_dim + column;
+        const float* from = sums;
         float4 sum{};
 #pragma unroll 8
         for (int piece = 0; piece < static_cast<int>(p.pieces); ++piece, from += stride) {
             const float4 x = *reinterpret_cast<const float4*>(from);
             sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
         }
-        *reinterpret_cast<float4*>(static_cast<float*>(sums) + int64_t{chunk} * head_dim + column) = sum;
+        *reinterpret_cast<float4*>(sums) = sum;
     }
 }
 
-// omega, grad_beta; in grad_key_mean the gradient of the landmark's key.
+// omega, in mu_rows, and the sums of the landmark gradients' pieces.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     chunk_omega_kernel(const __grid_constant__ SummaryParams p,
@@ -286,13 +290,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const int head_dim = static_cast<int>(p.shape.head_dim), branches = count_branches(p);
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const int group = lane / 4, pair = lane % 4 * 2;
-    for (const void* rows : {p.key_mean, p.query_mean}) {
-        const int first = 16 * (blockIdx.x * kWarps + warp);
-        if (rows) prefetch_rows(rows, first, plan.total - first, head_dim);
-    }
     load_projections<Traits>(p, weights);
-    sum_pieces<Traits::kThreads>(p, plan, p.grad_landmark_value, p.grad_beta);
-    sum_pieces<Traits::kThreads>(p, plan, p.grad_landmark_key, p.grad_key_mean);
+    sum_pieces<Traits::kThreads>(p, plan, p.grad_landmark_value);
+    sum_pieces<Traits::kThreads>(p, plan, p.grad_landmark_key);
     __syncthreads();
     for (int first = 16 * (blockIdx.x * kWarps + warp); first < plan.total;
          first += 16 * gridDim.x * kWarps) {
@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         for (int r = 0; r < 2; ++r) {
             const int chunk = first + group + 8 * r;
             if (chunk >= plan.total) continue;
-            float* const to = static_cast<float*>(p.omega) + int64_t{chunk} * head_dim + pair;
+            float* const to = static_cast<float*>(p.mu_rows) + int64_t{chunk} * head_dim + pair;
 #pragma unroll
             for (int n = 0; n < kTiles; ++n)
                 if (8 * n < head_dim)
@@ -387,7 +387,7 @@ struct ChunkTokensTraits {
     };
 };
 
-// token_weight, token_grad, chunk_stats; in grad_query_mean the gradient of mu's two terms.
+// token_weight, token_grad, chunk_stats, omega and grad_beta; in mu_rows the gradient of mu's two terms.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 2)
     chunk_tokens_bwd_kernel(const __grid_constant__ SummaryParams p,
@@ -441,8 +441,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     load(0);
     float omega[8] = {}, grad_beta[8] = {};
     if (in_row) {
-        load_floats(omega, static_cast<const float*>(p.omega) + row);
-        load_floats(grad_beta, static_cast<const float*>(p.grad_beta) + row);
+        load_floats(omega, static_cast<const float*>(p.mu_rows) + row);
+        load_floats(grad_beta, static_cast<const float*>(p.grad_landmark_value) +
+                                   landmark_row(p, plan, index) * head_dim + column);
+        if (own_part == 0) {
+            pack_row(static_cast<S*>(p.omega) + row, omega);
+            pack_row(static_cast<S*>(p.grad_beta) + row, grad_beta);
+        }
     }
 
     // kUnits passes make a batch: each lane keeps the logit and g of one of its group's tokens; if there is
@@ -535,7 +540,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     const float factor = has_mu ? scale * static_cast<float>(p.mu_scale) * inverse : 0.0f;
 #pragma unroll
     for (int d = 0; d < 8; ++d) grad_mu[d] = factor * (softmax.sum_gk[d] - mean_g * softmax.sum_k[d]);
-    store_floats(static_cast<float*>(p.grad_query_mean) + row, grad_mu);
+    store_floats(static_cast<float*>(p.mu_rows) + row, grad_mu);
+    if (!has_mu) pack_row(static_cast<S*>(p.grad_query_mean) + row, grad_mu);
     if (unit != 0) return;
     float* const stats = static_cast<float*>(p.chunk_stats) + 2 * int64_t{index};
     stats[0] = softmax.sum > 0 ? (softmax.maximum + log2f(softmax.sum)) * kLn2 : 0.0f;
@@ -574,6 +580,7 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     chunk_projections_bwd_kernel(const __grid_constant__ SummaryParams p,
                                  const __grid_constant__ SummaryGradPlan plan) {
+    using S = typename Traits::S;
     constexpr int kHeadDim = Traits::kHeadDim, kTiles = Traits::kTiles, kSums = kTiles / 4;
     using RowTile = FloatTile<kHeadDim>;
     extern __shared__ __align__(1024) char memory[];
@@ -617,9 +624,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         const int own = count - row;                           // the warp's among them, if positive
         const RowTile means{shared.mean[branch]}, grads{shared.grad_linear[branch]};
         if (row < Traits::kMaxChunks && (branch < branches || branches == 0)) {
-            const int64_t first_row = first + row;
-            prefetch_rows(p.grad_query_mean, first_row, own, head_dim);
-            if (branch == 0) prefetch_rows(p.grad_key_mean, first_row, own, head_dim);
+            const int first_row = first + row;
             float hat[kTiles][4], rstd[2];
             if (branches > 0) {
                 load_rows(hat, branch ? p.query_mean : p.key_mean, first_row, own, head_dim);
@@ -627,17 +632,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
                 project<Traits>(hat, rstd, means, row, p, weights, branch);
             }
             float grad[kTiles][4];
-            load_rows(grad, p.grad_query_mean, first_row, own, head_dim);
+            load_rows(grad, p.mu_rows, first_row, own, head_dim);
             if (branch == 0) {
                 float grad_key[kTiles][4];
-                load_rows(grad_key, p.grad_key_mean, first_row, own, head_dim);
+                load_rows(grad_key, p.grad_landmark_key, first_row, own, head_dim,
+                          [&](int chunk) { return landmark_row(p, plan, chunk); });
 #pragma unroll
                 for (int n = 0; n < kTiles; ++n)
 #pragma unroll
                     for (int e = 0; e < 4; ++e) grad[n][e] += grad_key[n][e];
             }
-            // Both warps of these rows have read grad_query_mean, which one of them now overwrites.
-            if (branches != 1) pair_sync(warp / 2);
             if (branches > 0) {
                 if (norm) {
                     add_columns(grad_norm_bias, grad);
@@ -677,7 +681,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
                     for (int e = 0; e < 4; ++e) grad[n][e] = 0;
                 multiply_weight<Traits, false>(grad, grads, row, p, weights, branch);
             }
-            float* const out = static_cast<float*>(branch ? p.grad_query_mean : p.grad_key_mean);
+            S* const out = static_cast<S*>(branch ? p.grad_query_mean : p.grad_key_mean);
             int divisor[2];
 #pragma unroll
             for (int r = 0; r < 2; ++r) divisor[r] = divisor_of(first + row + group + 8 * r);
@@ -694,9 +698,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
 #pragma unroll
                 for (int r = 0; r < 2; ++r)
                     if (group + 8 * r < own)
-                        *reinterpret_cast<float2*>(out + (first_row + group + 8 * r) * head_dim + 8 * n +
-                                                   pair) =
-                            make_float2(factor[r] * grad[n][2 * r], factor[r] * grad[n][2 * r + 1]);
+                        *reinterpret_cast<uint32_t*>(out + int64_t{first_row + group + 8 * r} * head_dim +
+                                                     8 * n + pair) =
+                            pack<S>(factor[r] * grad[n][2 * r], factor[r] * grad[n][2 * r + 1]);
             }
         }
         if (branches == 0) continue;

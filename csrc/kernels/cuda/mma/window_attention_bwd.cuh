@@ -205,27 +205,27 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
                                  head_dim, landmark_of);
     };
 
-    // Chunk terms of a block of chunks, rounded to S: kRowsPerLoad rows of one kind from a warp at a time.
+    // Chunk terms of a block of chunks: kRowsPerLoad rows of one kind from a warp at a time.
     constexpr int kLanesPerRow = kHeadDim / 4, kRowsPerLoad = kWarpSize / kLanesPerRow;
     constexpr int kTermLoads = kBlockChunks / kRowsPerLoad;
-    const auto* const term_rows = static_cast<const float*>(warp == 0   ? terms.grad_beta
-                                                            : warp == 1 ? terms.omega
-                                                            : warp == 2 ? terms.grad_key_mean
-                                                                        : terms.grad_query_mean);
+    const auto* const term_rows = static_cast<const S*>(warp == 0   ? terms.grad_beta
+                                                        : warp == 1 ? terms.omega
+                                                        : warp == 2 ? terms.grad_key_mean
+                                                                    : terms.grad_query_mean);
     const int term_row = lane / kLanesPerRow, term_column = lane % kLanesPerRow * 4;
-    const float* const term_base = term_rows + bh * plan.num_chunks * head_dim + term_column;
+    const S* const term_base = term_rows + bh * plan.num_chunks * head_dim + term_column;
     const auto load_term = [&](int chunk) {
         return chunk >= 0 && term_column < head_dim
-                   ? *reinterpret_cast<const float4*>(term_base + int64_t{chunk} * head_dim)
-                   : float4{};
+                   ? *reinterpret_cast<const uint2*>(term_base + int64_t{chunk} * head_dim)
+                   : uint2{};
     };
     const auto load_first_term = [&](const Tokens& tokens, int i) {
         return load_term(tokens.first_chunks[i * kRowsPerLoad + term_row]);
     };
-    const auto store_term = [&](const float4& x, int i) {
+    const auto store_term = [&](const uint2& x, int i) {
         const RowTile tile{shared.chunk_terms[warp]};
         S* const to = tile.unit(i * kRowsPerLoad + term_row, term_column / 8) + term_column % 8;
-        *reinterpret_cast<uint2*>(to) = make_uint2(pack<S>(x.x, x.y), pack<S>(x.z, x.w));
+        *reinterpret_cast<uint2*>(to) = x;
     };
 
     if (first_window < last_window) {
@@ -469,7 +469,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         }
         store(p.grad_query);
         if (has_next) {
-            float4 next_terms[kTermLoads];
+            uint2 next_terms[kTermLoads];
 #pragma unroll
             for (int i = 0; i < kTermLoads; ++i) next_terms[i] = load_first_term(next_tokens, i);
             load_rows(values, p.value);

@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             chunk_row[r] = token[r] < 0 ? -1 : (bh * plan.num_chunks + chunk) * head_dim;
         }
         const float one[2] = {1, 1};
-        add_chunk_term(grad_query, p.chunk_terms.grad_query_mean, chunk_row, head_dim, one);
+        add_chunk_term<S>(grad_query, p.chunk_terms.grad_query_mean, chunk_row, head_dim, one);
     }
     __syncthreads();
     S* const base = static_cast<S*>(p.grad_query.data) + batch * p.grad_query.batch_stride +

@@ -36,6 +36,13 @@ struct WindowGradSm90Traits {
         alignas(1024) S first[kPanels * kPanelElements];
         alignas(1024) S second[kPanels * kPanelElements];
     };
+    // What the rows of a round get as members of chunks: rows of the chunks, and numbers of the tokens.
+    static constexpr int kMostChunks = 40;
+    struct Terms {
+        alignas(16) S rows[3][kMostChunks * kHeadDim];
+        float token_weight[kWarpgroups * kTile], token_grad[kWarpgroups * kTile];
+    };
+    static_assert(sizeof(Terms) <= sizeof(Pair));
     struct Shared {
         Pair rows[kWarpgroups][kRowSlots];
         Pair columns[kColumnSlots];
@@ -62,6 +69,7 @@ template <class Traits>
 struct WindowGradSm90 {
     using S = typename Traits::S;
     using Pair = typename Traits::Pair;
+    using Terms = typename Traits::Terms;
     static constexpr int kHeadDim = Traits::kHeadDim, kTile = Traits::kTile, kPanels = Traits::kPanels,
                          kPanelElements = Traits::kPanelElements;
     static constexpr bool kOverlapsSteps = kHeadDim == 64; // where registers suffice
@@ -86,7 +94,7 @@ struct WindowGradSm90 {
     }
 
     // A tile of rows for each warpgroup, and the tiles of columns that they meet together: of the window up
-    // to `window_end`, then of landmarks.
+    // to `window_end`, then of landmarks. The rows' terms follow in a slot of their own, if there are any.
     struct Round {
         WindowCursor at;
         bool of_keys; // on rows, and queries on columns
@@ -169,6 +177,24 @@ struct WindowGradSm90 {
                           of_window ? round.x0 + kTile * i : kTile * (i - round.window_end), round.at,
                           of_window ? policy : normal);
             }
+            const ChunkTerms& terms = p.chunk_terms;
+            if (!terms.omega) return;
+            const int slot = column.slot, first = first_chunk(round);
+            const int end = min(kTile * (round.first_row + Traits::kWarpgroups), round.tokens);
+            const int chunks = (round.x0 + end - 1) / plan.chunk_width - first + 1;
+            const int row_bytes = static_cast<int>(p.shape.head_dim * sizeof(S));
+            const int64_t first_byte = (head_of(round.at) * plan.num_chunks + first) * row_bytes;
+            const void* const from[] = {round.of_keys ? terms.omega : terms.grad_query_mean, terms.grad_beta,
+                                        terms.grad_key_mean};
+            barrier_wait(&shared.columns_empty[slot], column.phase ^ 1);
+            barrier_arrive_expect(&shared.columns_full[slot], (round.of_keys ? 3 : 1) * chunks * row_bytes);
+#pragma unroll
+            for (int i = 0; i < 3; ++i)
+                if (i == 0 || round.of_keys)
+                    load_bytes(reinterpret_cast<Terms&>(shared.columns[slot]).rows[i],
+                               static_cast<const char*>(from[i]) + first_byte, chunks * row_bytes,
+                               &shared.columns_full[slot]);
+            column.advance(Traits::kColumnSlots);
         });
     }
 
@@ -180,7 +206,6 @@ struct WindowGradSm90 {
             const int64_t sequence = sequence_of(round.at);
             const float* const logsumexp = static_cast<const float*>(p.logsumexp) + sequence;
             const float* const delta = static_cast<const float*>(p.delta) + sequence;
-            prefetch_terms(round);
 #pragma unroll 1
             for (int i = round.first_column; i < round.end; ++i, column.advance(Traits::kColumnSlots)) {
                 const int slot = column.slot;
@@ -200,6 +225,28 @@ struct WindowGradSm90 {
                 }
                 release(&shared.columns_full[slot]);
             }
+            if (!p.chunk_terms.omega) return;
+            constexpr int kCount = Traits::kWarpgroups * kTile / kWarpSize;
+            float weight[kCount], grad[kCount];
+#pragma unroll
+            for (int r = 0; r < kCount; ++r) {
+                const int row = kTile * round.first_row + lane + kWarpSize * r;
+                const bool inside = round.of_keys && row < round.tokens;
+                const int64_t at = sequence + round.x0 + row;
+                weight[r] = inside ? static_cast<const float*>(p.chunk_terms.token_weight)[at] : 0.0f;
+                grad[r] = inside ? static_cast<const float*>(p.chunk_terms.token_grad)[at] : 0.0f;
+            }
+            const int slot = column.slot;
+            barrier_wait(&shared.columns_empty[slot], column.phase ^ 1);
+            Terms& terms = reinterpret_cast<Terms&>(shared.columns[slot]);
+#pragma unroll
+            for (int r = 0; r < kCount; ++r) {
+                terms.token_weight[lane + kWarpSize * r] = weight[r];
+                terms.token_grad[lane + kWarpSize * r] = grad[r];
+            }
+            fence_async_proxy(); // copies write there next
+            release(&shared.columns_full[slot]);
+            column.advance(Traits::kColumnSlots);
         });
     }
 
@@ -211,7 +258,7 @@ struct WindowGradSm90 {
         for_each_round([&](const Round& round) {
             if (round.row_tile(warpgroup) >= round.tiles) {
 #pragma unroll 1
-                for (int i = round.first_column; i < round.end; ++i) {
+                for (int i = round.first_column; i < round.end + (p.chunk_terms.omega ? 1 : 0); ++i) {
                     barrier_wait(&shared.columns_full[column.slot], column.phase);
                     release(&shared.columns_empty[column.slot]);
                     column.advance(Traits::kColumnSlots);
@@ -253,8 +300,11 @@ struct WindowGradSm90 {
     }
     __device__ static int first_column() { return threadIdx.x % 4 * 2; }
 
+    __device__ int64_t head_of(const WindowCursor& at) const {
+        return static_cast<int64_t>(at.batch) * p.shape.heads + at.head;
+    }
     __device__ int64_t sequence_of(const WindowCursor& at) const {
-        return (static_cast<int64_t>(at.batch) * p.shape.heads + at.head) * plan.windows.num_tokens;
+        return head_of(at) * plan.windows.num_tokens;
     }
     __device__ int landmarks_before(int token) const {
         const int landmarks = static_cast<int>(p.num_landmarks);
@@ -400,18 +450,15 @@ struct WindowGradSm90 {
         wait(grad_key);
 
         multiply_all(grad_key, scale);
-        const ChunkTerms& terms = p.chunk_terms;
-        if (terms.omega) {
-            const int head_dim = static_cast<int>(p.shape.head_dim);
-            const int64_t sequence = sequence_of(round.at);
+        add_terms(column, [&](const ChunkTerms& terms) {
             int64_t chunk_row[2], token_row[2];
             find_chunk_rows(chunk_row, round, tile);
 #pragma unroll
-            for (int r = 0; r < 2; ++r)
-                token_row[r] = sequence + round.x0 + kTile * tile + first_row() + 8 * r;
-            add_key_terms<S>(grad_key, grad_value, terms, chunk_row, token_row, head_dim,
+            for (int r = 0; r < 2; ++r) token_row[r] = kTile * (tile - round.first_row) + first_row() + 8 * r;
+            add_key_terms<S>(grad_key, grad_value, terms, chunk_row, token_row,
+                             static_cast<int>(p.shape.head_dim),
                              [&](int d, int r) { return pair_at(rows.first, d, r); });
-        }
+        });
         put(grad_key, rows.first);
         put(grad_value, rows.second);
     }
@@ -471,49 +518,46 @@ struct WindowGradSm90 {
         wait(grad_query);
 
         multiply_all(grad_query, scale);
-        if (p.chunk_terms.omega) {
+        add_terms(column, [&](const ChunkTerms& terms) {
             int64_t chunk_row[2];
             find_chunk_rows(chunk_row, round, tile);
             const float one[2] = {1, 1};
-            add_chunk_term(grad_query, p.chunk_terms.grad_query_mean, chunk_row,
-                           static_cast<int>(p.shape.head_dim), one);
-        }
+            add_chunk_term<S>(grad_query, terms.grad_query_mean, chunk_row,
+                              static_cast<int>(p.shape.head_dim), one);
+        });
         put(grad_query, rows.first);
     }
 
-    // By a warp, of the rows of a round.
-    __device__ void prefetch_terms(const Round& round) const {
-        const ChunkTerms& terms = p.chunk_terms;
-        if (!terms.omega) return;
-        constexpr int kLine = 128 / sizeof(float);
-        const int64_t bh = static_cast<int64_t>(round.at.batch) * p.shape.heads + round.at.head;
-        const int first = round.x0 + kTile * round.first_row;
-        const int end = min(first + Traits::kWarpgroups * kTile, round.x0 + round.tokens);
-        const int first_chunk = first / plan.chunk_width;
-        const auto prefetch = [&](const void* data, int64_t from, int count) {
-            for (int i = threadIdx.x % kWarpSize * kLine; i < count; i += kWarpSize * kLine)
-                prefetch_line(static_cast<const float*>(data) + from + i);
-        };
-        const int head_dim = static_cast<int>(p.shape.head_dim);
-        const int64_t chunk_row = (bh * plan.num_chunks + first_chunk) * head_dim;
-        const int count = ((end - 1) / plan.chunk_width - first_chunk + 1) * head_dim;
-        if (!round.of_keys) return prefetch(terms.grad_query_mean, chunk_row, count);
-        for (const void* term : {terms.omega, terms.grad_beta, terms.grad_key_mean})
-            prefetch(term, chunk_row, count);
-        for (const void* term : {terms.token_weight, terms.token_grad})
-            prefetch(term, bh * plan.windows.num_tokens + first, end - first);
+    __device__ int first_chunk(const Round& round) const {
+        return (round.x0 + kTile * round.first_row) / plan.chunk_width;
     }
-
-    // Where the chunks' terms for the thread's rows begin; -1 beyond the sequence.
+    // Where the chunks' terms for the thread's rows begin among those of the round; -1 beyond the sequence.
     __device__ void find_chunk_rows(int64_t (&chunk_row)[2], const Round& round, int tile) const {
-        const int64_t bh = static_cast<int64_t>(round.at.batch) * p.shape.heads + round.at.head;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = kTile * tile + first_row() + 8 * r;
-            chunk_row[r] = row < round.tokens ? (bh * plan.num_chunks + (round.x0 + row) / plan.chunk_width) *
-                                                    p.shape.head_dim
-                                              : -1;
+            chunk_row[r] = row < round.tokens
+                               ? ((round.x0 + row) / plan.chunk_width - first_chunk(round)) * p.shape.head_dim
+                               : -1;
         }
+    }
+    // Calls add(a round's terms), which wait in a slot of columns.
+    template <class F>
+    __device__ void add_terms(RingCursor& column, const F& add) const {
+        if (!p.chunk_terms.omega) return;
+        const int slot = column.slot;
+        barrier_wait(&shared.columns_full[slot], column.phase);
+        const Terms& terms = reinterpret_cast<const Terms&>(shared.columns[slot]);
+        add(ChunkTerms{.rounded = true,
+                       .omega = terms.rows[0],
+                       .grad_beta = terms.rows[1],
+                       .grad_key_mean = terms.rows[2],
+                       .grad_query_mean = terms.rows[0],
+                       .chunk_stats = nullptr,
+                       .token_weight = terms.token_weight,
+                       .token_grad = terms.token_grad});
+        release(&shared.columns_empty[slot]);
+        column.advance(Traits::kColumnSlots);
     }
 
     __device__ static uint32_t* pair_at(S* tile, int d, int r) {
@@ -564,6 +608,8 @@ bool launch_window_attention_bwd_sm90(const AttentionParams& p, cudaStream_t str
         g.num_prefix_tokens > 0 || g.windows_overlap() || w.queries.height > 1 || g.grid_height > 1 ||
         w.queries.width % Traits::kTile != 0)
         return false;
+    const int64_t round_tokens = Traits::kWarpgroups * Traits::kTile;
+    if (p.chunk_terms.omega && (round_tokens - 2) / g.chunk_width + 2 > Traits::kMostChunks) return false;
     const int64_t num_windows = p.shape.batch * p.shape.heads * w.num_windows;
     if (num_windows == 0) return true;
     constexpr int kBytes = sizeof(typename Traits::Shared);

@@ -417,6 +417,13 @@ __device__ void for_chunks_of(const Geometry& g, int64_t bh, int64_t token, Body
             body(bh * g.num_chunks() + cy * g.chunk_columns() + cx);
 }
 
+// Element d of the row that a chunk has in one of the terms.
+template <class S, class T = Accumulator<S>>
+__device__ T chunk_term(const ChunkTerms& terms, const void* rows, int64_t chunk, int head_dim, int d) {
+    const int64_t at = chunk * head_dim + d;
+    return terms.rounded ? static_cast<T>(static_cast<const S*>(rows)[at]) : static_cast<const T*>(rows)[at];
+}
+
 // Adds to a slice of the gradients of one valid token of the grid what its chunks' gradients pass on: to
 // those of its key and value, and of its query.
 template <class S, class Key, class Value, class T = Accumulator<S>>
@@ -424,33 +431,36 @@ __device__ void add_key_value_terms(const Geometry& g, const ChunkTerms& terms, 
                                     int64_t token, int first, int head_dim, const Key& key,
                                     const Value& value, SliceRow<T>& grad_key, SliceRow<T>& grad_value) {
     for_chunks_of(g, bh, token, [&](int64_t chunk) {
-        const auto chunk_row = [&](const void* rows) {
-            return static_cast<const T*>(rows) + chunk * head_dim;
+        const auto term = [&](const void* rows, int d) {
+            return chunk_term<S>(terms, rows, chunk, head_dim, d);
         };
-        const T *const omega = chunk_row(terms.omega), *const grad_beta = chunk_row(terms.grad_beta),
-                       *const grad_mean = chunk_row(terms.grad_key_mean);
         T weight, grad_logit;
         if (terms.token_weight) {
             weight = static_cast<const T*>(terms.token_weight)[bh * g.num_tokens() + token];
             grad_logit = static_cast<const T*>(terms.token_grad)[bh * g.num_tokens() + token];
-        } else {
+        } else { // where terms are not rounded
+            const auto chunk_row = [&](const void* rows) {
+                return static_cast<const T*>(rows) + chunk * head_dim;
+            };
+            const T *const omega = chunk_row(terms.omega), *const grad_beta = chunk_row(terms.grad_beta);
             const auto* const stats = static_cast<const Exact<S>*>(terms.chunk_stats) + chunk * 2;
             weight = exp(static_cast<T>(chunk_logit<S>(scale, omega, key, head_dim) - stats[0]));
             grad_logit = static_cast<T>(scale) * weight *
                          static_cast<T>(exact_dot<S>(grad_beta, value, head_dim) - stats[1]);
         }
         for_slice<T>(first, head_dim, [&](int i, int d) {
-            grad_value.x[i] += weight * grad_beta[d];
-            grad_key.x[i] += grad_logit * (omega[d] - key[d]) + grad_mean[d];
+            grad_value.x[i] += weight * term(terms.grad_beta, d);
+            grad_key.x[i] += grad_logit * (term(terms.omega, d) - key[d]) + term(terms.grad_key_mean, d);
         });
     });
 }
-template <class T>
+template <class S, class T = Accumulator<S>>
 __device__ void add_query_terms(const Geometry& g, const ChunkTerms& terms, int64_t bh, int64_t token,
                                 int first, int head_dim, SliceRow<T>& grad_query) {
     for_chunks_of(g, bh, token, [&](int64_t chunk) {
-        const T* const grad_mean = static_cast<const T*>(terms.grad_query_mean) + chunk * head_dim;
-        for_slice<T>(first, head_dim, [&](int i, int d) { grad_query.x[i] += grad_mean[d]; });
+        for_slice<T>(first, head_dim, [&](int i, int d) {
+            grad_query.x[i] += chunk_term<S>(terms, terms.grad_query_mean, chunk, head_dim, d);
+        });
     });
 }
 
@@ -468,7 +478,7 @@ __global__ void __launch_bounds__(kThreads) chunk_terms_kernel(const TermsParams
     for (int first = 0; first < head_dim; first += kSlice<T>) {
         SliceRow<T> grad_query, grad_key, grad_value;
         if (member) {
-            add_query_terms(g, p.chunk_terms, bh, token, first, head_dim, grad_query);
+            add_query_terms<S>(g, p.chunk_terms, bh, token, first, head_dim, grad_query);
             add_key_value_terms<S>(g, p.chunk_terms, p.scale, bh, token, first, head_dim, row(p.key),
                                    row(p.value), grad_key, grad_value);
         }

@@ -596,7 +596,8 @@ __global__ void __launch_bounds__(kThreads) query_gradients_kernel(const Attenti
 #pragma unroll
             for (int i = 0; i < kPerLane<T>; ++i) sums[r].x[i] *= static_cast<T>(p.scale);
             if (p.chunk_terms.omega && head.valid(row).kind == Entry::kGrid)
-                add_query_terms(g, p.chunk_terms, head.bh, row.index, first_channel<T>(), head_dim, sums[r]);
+                add_query_terms<S>(g, p.chunk_terms, head.bh, row.index, first_channel<T>(), head_dim,
+                                   sums[r]);
             const auto out = row_of<S>(p.grad_query, head.batch, head.head, row.index);
             for_slice<T>(first_channel<T>(), head_dim, [&](int i, int d) { out.set(d, sums[r].x[i]); });
         }
