@@ -1,5 +1,7 @@
 """Operators on CUDA: graphs, streams, devices, and the limits of a grid of blocks."""
 
+import math
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +19,17 @@ DTYPES = [torch.float32, torch.bfloat16]
 EVERYTHING = replace(
     FIXED["ragged grid"], exclude=True, log_count=True, dropout_p=0.2, packed=True, head_dim=40
 )
+PREFIX = Case((14, 14), 7, 2, prefix=1, kind="linear-layernorm", bias="per head", packed=True, head_dim=64)
+PREFIXED = {
+    "class token": PREFIX,
+    "as many as tensor cores take": replace(PREFIX, prefix=8, padding=0.2, dropout_p=0.2),
+    "128 channels": replace(PREFIX, prefix=5, head_dim=128),
+    "large windows": replace(PREFIX, size=(28, 28), window=14, chunk=2, bias="none"),
+    "overlap": replace(PREFIX, prefix=5, overlap=2, bias="none", padding=0.2, dropout_p=0.2),
+    "sequence": replace(PREFIX, size=150, window=60, chunk=2, prefix=5),
+    "full block": replace(PREFIX, size=(17, 16), window=8, chunk=2, exclude=True),
+    "alone": replace(PREFIX, size=0, window=7, prefix=3, kind="identity", bias="none"),
+}
 PLAIN = Case((14, 14), 7, 2, kind="linear-layernorm", bias="per head", packed=True, head_dim=64)
 
 
@@ -43,6 +56,35 @@ def test_graph_capture(case: Case, dtype: torch.dtype) -> None:
             given.inputs["qkv"].mul_(1.25)
         graph.replay()
         assert_same(found, outcome(given))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", PREFIXED)
+def test_prefix_on_tensor_cores(name: str, dtype: torch.dtype) -> None:
+    """No plain kernels run, no bit differs between two runs, and padding may hold anything."""
+    case = PREFIXED[name]
+    given = op_cases.arguments(case, "cuda", dtype)
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = op_cases.outcome(functional, case, given)
+    finally:
+        torch.set_warn_always(False)
+    if (mask := given.options["key_padding_mask"]) is not None:
+        with torch.no_grad():
+            given.inputs["qkv"][mask] = math.nan
+    assert_same(op_cases.outcome(functional, case, given), found)
+    # As exactly as the plain kernels compute it, but for weights and landmarks in half precision.
+    single = op_cases.arguments(case, "cuda", torch.float32)
+    with torch.no_grad():
+        for key, x in single.inputs.items():
+            x.copy_(given.inputs[key].nan_to_num())
+        single.cotangent.copy_(given.cotangent)
+    expected = op_cases.outcome(functional, case, single)
+    for key, x in expected.items():
+        error = (found[key].float() - x).square().mean().sqrt()
+        assert error <= 2 * torch.finfo(dtype).eps * x.square().mean().sqrt().clamp(min=1e-3), key
 
 
 def test_dropout_in_a_graph() -> None:

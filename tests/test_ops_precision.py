@@ -34,6 +34,37 @@ CASES = {
     ),
     "causal": Case(560, 256, 32, kind="linear-layernorm", is_causal=True, head_dim=128, packed=True),
     "grid": Case((14, 14), 7, 2, kind="linear-layernorm", bias="per head", head_dim=64, packed=True),
+    "grid-prefix": Case(
+        (14, 14), 7, 2, prefix=1, kind="linear-layernorm", bias="per head", head_dim=64, packed=True
+    ),
+    "grid-prefix-options": Case(
+        (13, 11),
+        7,
+        2,
+        prefix=5,
+        kind="key-only",
+        bias="shared",
+        head_dim=32,
+        padding=0.2,
+        dropout_p=0.2,
+        exclude=True,
+        log_count=True,
+        noise=True,
+    ),
+    "grid-prefix-wide": Case((14, 14), 7, 2, prefix=5, kind="linear-layernorm", head_dim=128, packed=True),
+    "grid-prefix-blocks": Case((28, 28), 14, 4, prefix=1, kind="linear-layernorm", head_dim=64, packed=True),
+    "grid-prefix-blocks-options": Case(
+        (19, 17),
+        10,
+        3,
+        overlap=2,
+        prefix=8,
+        head_dim=64,
+        padding=0.2,
+        dropout_p=0.2,
+        exclude=True,
+        log_count=True,
+    ),
     "grid-options": Case((11, 13), 4, 3, overlap=1, exclude=True, log_count=True, head_dim=48, noise=True),
 }
 

@@ -46,11 +46,13 @@ AttentionBackward backward_for(DType dtype, const AttentionParams& params) {
         return {.run_global = mma::window_attention_bwd_global,
                 .run = mma::window_attention_bwd,
                 .global_pieces = mma::global_pieces,
-                .bias_pieces = mma::bias_pieces};
+                .bias_pieces = mma::bias_pieces,
+                .prefix_pieces = mma::prefix_pieces};
     return {.run_global = simt::window_attention_bwd_global,
             .run = simt::window_attention_bwd,
             .global_pieces = simt::global_pieces,
-            .bias_pieces = simt::bias_pieces};
+            .bias_pieces = simt::bias_pieces,
+            .prefix_pieces = nullptr};
 }
 
 void check_head_dim(const Tensor& query) {

@@ -82,6 +82,14 @@ void Attention::backward_tokens(const ChunkTerms& chunk_terms, const Tensor& gra
             logsumexp_.options());
         params_.grad_relative_bias = data(bias_terms);
     }
+    Tensor prefix_terms;
+    if (geometry.num_prefix_tokens > 0 && backward_.prefix_pieces) {
+        params_.prefix_pieces = backward_.prefix_pieces(dtype_, params_);
+        prefix_terms = at::empty(
+            {shape.batch * shape.heads, params_.prefix_pieces, geometry.num_prefix_tokens, shape.head_dim},
+            logsumexp_.options());
+        params_.grad_prefix_query = data(prefix_terms);
+    }
     backward_.run(dtype_, params_, stream_);
 
     if (!relative_bias_.defined()) return;

@@ -56,10 +56,11 @@ void window_attention_fwd(DType, const AttentionParams&, cudaStream_t);
 void window_attention_bwd_global(DType, const AttentionParams&, cudaStream_t);
 void window_attention_bwd(DType, const AttentionParams&, cudaStream_t);
 
-// How many summands the backward kernels write, by the shape alone: `pieces` and `bias_pieces` of
-// AttentionParams, `projection_pieces` of SummaryParams.
+// How many summands the backward kernels write, by the shape alone: `pieces`, `bias_pieces` and
+// `prefix_pieces` of AttentionParams, `projection_pieces` of SummaryParams.
 int64_t global_pieces(DType, const AttentionParams&);
 int64_t bias_pieces(DType, const AttentionParams&);
+int64_t prefix_pieces(DType, const AttentionParams&);
 int64_t projection_pieces(DType, const SummaryParams&);
 
 } // namespace mma

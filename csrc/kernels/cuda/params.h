@@ -146,6 +146,8 @@ struct AttentionParams {
     int64_t bias_pieces = 0;            // summands of the bias gradient for each (batch, head)
     void* grad_relative_bias = nullptr; // T [B H, bias_pieces, bias_height * bias_width] or null
     ChunkTerms chunk_terms{};
+    int64_t prefix_pieces = 0;         // summands of the gradients of the prefix's queries
+    void* grad_prefix_query = nullptr; // T [B H, prefix_pieces, P, D], of keys outside of the prefix
 };
 
 } // namespace eva_attn::cuda

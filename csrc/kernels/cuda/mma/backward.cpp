@@ -32,5 +32,9 @@ void window_attention_bwd(DType dtype, const AttentionParams& p, cudaStream_t st
 int64_t bias_pieces(DType dtype, const AttentionParams& p) {
     return dtype == DType::kHalf ? Backward<__half>::bias_pieces(p) : Backward<__nv_bfloat16>::bias_pieces(p);
 }
+int64_t prefix_pieces(DType dtype, const AttentionParams& p) {
+    return dtype == DType::kHalf ? Backward<__half>::prefix_pieces(p)
+                                 : Backward<__nv_bfloat16>::prefix_pieces(p);
+}
 
 } // namespace eva_attn::cuda::mma

@@ -7,6 +7,7 @@
 #include "kernels/cuda/mma/window_attention_bwd.cuh"
 #include "kernels/cuda/mma/window_attention_bwd_blocks.cuh"
 #include "kernels/cuda/mma/window_attention_bwd_global.cuh"
+#include "kernels/cuda/mma/window_attention_bwd_prefix.cuh"
 #include "kernels/cuda/mma/window_attention_bwd_sm90.cuh"
 
 namespace eva_attn::cuda::mma {
@@ -34,21 +35,43 @@ int64_t Backward<S>::global_pieces(const AttentionParams& p) {
                                   : count_global_pieces<GlobalGradTraits<S, 128>>(p);
 }
 
-template <class S>
-void Backward<S>::window_attention(const AttentionParams& p, cudaStream_t stream) {
+template <class S, bool kHasPrefix>
+void launch_windows(const AttentionParams& p, cudaStream_t stream) {
     const bool is_narrow = p.shape.head_dim <= 64;
     if (is_one_block(p.shape.geometry)) {
-        !is_narrow ? launch_window_attention_bwd<WindowGradTraits<S, 128, true>>(p, stream)
-        : is_general<WindowGradTraits<S, 64, true>>(p)
-            ? launch_window_attention_bwd<WindowGradTraits<S, 64, true>>(p, stream)
-            : launch_window_attention_bwd<WindowGradTraits<S, 64, false>>(p, stream);
+        using Wide = WindowGradTraits<S, 128, true, kHasPrefix>;
+        using General = WindowGradTraits<S, 64, true, kHasPrefix>;
+        using Plain = WindowGradTraits<S, 64, false, kHasPrefix>;
+        !is_narrow               ? launch_window_attention_bwd<Wide>(p, stream)
+        : is_general<General>(p) ? launch_window_attention_bwd<General>(p, stream)
+                                 : launch_window_attention_bwd<Plain>(p, stream);
     } else if (!(is_narrow ? launch_window_attention_bwd_sm90<WindowGradSm90Traits<S, 64>>(p, stream)
                            : launch_window_attention_bwd_sm90<WindowGradSm90Traits<S, 128>>(p, stream))) {
-        !is_narrow ? launch_window_attention_bwd_blocks<BlockGradTraits<S, 128, true>>(p, stream)
-        : p.dropout.threshold > 0
-            ? launch_window_attention_bwd_blocks<BlockGradTraits<S, 64, true>>(p, stream)
-            : launch_window_attention_bwd_blocks<BlockGradTraits<S, 64, false>>(p, stream);
+        using Wide = BlockGradTraits<S, 128, true, kHasPrefix>;
+        using Dropout = BlockGradTraits<S, 64, true, kHasPrefix>;
+        using Plain = BlockGradTraits<S, 64, false, kHasPrefix>;
+        !is_narrow                ? launch_window_attention_bwd_blocks<Wide>(p, stream)
+        : p.dropout.threshold > 0 ? launch_window_attention_bwd_blocks<Dropout>(p, stream)
+                                  : launch_window_attention_bwd_blocks<Plain>(p, stream);
     }
+}
+
+template <class S>
+void Backward<S>::window_attention(const AttentionParams& p, cudaStream_t stream) {
+    if (p.shape.geometry.num_prefix_tokens > 0) {
+        launch_windows<S, true>(p, stream);
+        launch_prefix_gradients<S>(p, stream);
+    } else {
+        launch_windows<S, false>(p, stream);
+    }
+}
+
+template <class S>
+int64_t Backward<S>::prefix_pieces(const AttentionParams& p) {
+    const Geometry& g = p.shape.geometry;
+    if (g.num_prefix_tokens == 0) return 0;
+    return is_one_block(g) ? Backward<S>::bias_pieces(p)
+                           : g.num_windows() * detail::ceil_div(g.window_height * g.window_width, 64);
 }
 
 template <class S>

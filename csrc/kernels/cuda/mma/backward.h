@@ -15,6 +15,7 @@ struct Backward {
 
     static int64_t global_pieces(const AttentionParams&);
     static int64_t bias_pieces(const AttentionParams&);
+    static int64_t prefix_pieces(const AttentionParams&);
     static int64_t projection_pieces(const SummaryParams&);
 
     static int64_t shared_bytes(const AttentionParams&); // of a block that takes whole windows

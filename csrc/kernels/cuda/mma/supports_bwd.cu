@@ -4,6 +4,7 @@
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/mma/backward.h"
 #include "kernels/cuda/mma/bwd_utils.cuh"
+#include "kernels/cuda/mma/window_attention_bwd_prefix.cuh"
 
 namespace eva_attn::cuda::mma {
 
@@ -29,7 +30,9 @@ const char* supports_bwd(DType dtype, const AttentionParams& p) {
         return "tensor cores need a gradient of the output whose rows are contiguous and 16-byte aligned";
     if (g.chunk_overlap_y > 0 || g.chunk_overlap_x > 0)
         return "tensor cores are used in the backward pass where chunks do not overlap";
-    if (g.num_prefix_tokens > 0) return "tensor cores are used in the backward pass without prefix tokens";
+    static_assert(kMaxPrefixTokens == 8);
+    if (g.num_prefix_tokens > kMaxPrefixTokens)
+        return "tensor cores are used in the backward pass for at most 8 prefix tokens";
     if (p.relative_bias && !is_one_block(g))
         return "tensor cores are used in the backward pass of a relative bias for windows of at most 64 "
                "tokens "

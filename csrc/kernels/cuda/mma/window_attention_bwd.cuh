@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/mma/bwd_utils.cuh"
 #include "kernels/cuda/mma/product.cuh"
+#include "kernels/cuda/mma/window_attention_bwd_prefix.cuh"
 #include "kernels/cuda/mma/windows.cuh"
 
 namespace eva_attn::cuda::mma {
@@ -16,12 +17,12 @@ struct WindowChunks {
 };
 
 // kGeneral: with all that is_general() names.
-template <class S_, int kHeadDim_, bool kGeneral_>
+template <class S_, int kHeadDim_, bool kGeneral_, bool kHasPrefix_ = false>
 struct WindowGradTraits {
     using S = S_;
     static constexpr int kHeadDim = kHeadDim_;
-    static constexpr bool kGeneral = kGeneral_;
-    static constexpr int kBlock = 64; // tokens of a window, landmarks of a block
+    static constexpr bool kGeneral = kGeneral_, kHasPrefix = kHasPrefix_;
+    static constexpr int kBlock = 64; // tokens of a window, global columns of a block
     static constexpr int kThreads = kBlock / 16 * kWarpSize;
     static constexpr int kCtasPerSm = kHeadDim == 128 ? 1 : kGeneral ? 2 : 3;
     static constexpr int kSlots = 132 * (kHeadDim == 64 ? 3 : 1); // blocks to fill a GPU of the day
@@ -51,21 +52,22 @@ struct WindowGradTraits {
             };
             float bias_sum[kBlock][kBlock + 1]; // [key, query], in the end
         };
-        alignas(1024) S landmark_key[kBlock * kHeadDim];
-        alignas(1024) S landmark_value[kBlock * kHeadDim];
+        alignas(1024) S global_key[kBlock * kHeadDim];
+        alignas(1024) S global_value[kBlock * kHeadDim];
         alignas(1024) S grad_score[kBlock * kBlock]; // [key, query]
         alignas(1024) S chunk_terms[kTerms][kBlockChunks * kHeadDim];
         Tokens tokens[2];
         int query_place[kBlock];
-        float landmark_bias[kBlock];
+        float global_bias[kBlock];
         float bias_table[kMaxOffsets + 2 * kBlock];
+        PrefixShared<S, kHeadDim, kHasPrefix> prefix;
     };
 };
 
 struct WindowGradPlan {
     Windows windows;
     int slices; // a block takes one slice of the windows of one (batch, head)
-    int landmark_blocks;
+    int global_blocks;
     int num_chunks, chunk_columns, chunk_height, chunk_width;
     uint32_t chunk_height_reciprocal, chunk_width_reciprocal;
 
@@ -110,8 +112,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     using S = typename Traits::S;
     constexpr int kHeadDim = Traits::kHeadDim, kThreads = Traits::kThreads, kBlock = Traits::kBlock,
                   kBlockChunks = Traits::kBlockChunks;
-    constexpr bool kGeneral = Traits::kGeneral;
+    constexpr bool kGeneral = Traits::kGeneral, kHasPrefix = Traits::kHasPrefix;
     using RowTile = Tile<S, kHeadDim>;
+    using Prefix = PrefixQueries<S, kHeadDim>;
     using Tokens = typename Traits::Tokens;
     extern __shared__ __align__(1024) char memory[];
     auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
@@ -120,6 +123,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const Geometry& g = p.shape.geometry;
     const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
     const int landmarks = static_cast<int>(p.num_landmarks);
+    const int globals = landmarks + (kHasPrefix ? plan.windows.num_prefix_tokens : 0);
     const int head = blockIdx.x % heads;
     const int slice = blockIdx.x / heads % plan.slices;
     const int batch = blockIdx.x / heads / plan.slices;
@@ -130,7 +134,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
 
     const RowTile queries{shared.query}, keys{shared.key}, values{shared.value},
         grad_outputs{shared.grad_output};
-    const RowTile landmark_keys{shared.landmark_key}, landmark_values{shared.landmark_value};
+    const RowTile global_keys{shared.global_key}, global_values{shared.global_value};
     const Tile<S, kBlock> grad_scores{shared.grad_score};
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const int group = lane / 4, pair = lane % 4 * 2;
@@ -193,16 +197,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const auto load_rows = [&](RowTile tile, const Rows& rows) {
         gather_rows<Gather>(tile, head_rows<S>(rows, batch, head), rows.token_stride, row_token);
     };
-    const auto load_landmarks = [&](int block) {
-        const auto landmark_of = [&](int row) {
-            const int landmark = block * kBlock + row;
-            return landmark < landmarks ? landmark : -1;
-        };
-        const int64_t first = bh * landmarks * head_dim;
-        gather<kBlock, kThreads>(landmark_keys, static_cast<const S*>(p.landmark_key) + first, head_dim,
-                                 head_dim, landmark_of);
-        gather<kBlock, kThreads>(landmark_values, static_cast<const S*>(p.landmark_value) + first, head_dim,
-                                 head_dim, landmark_of);
+    const auto load_globals = [&](int block) {
+        gather_globals<kBlock, kThreads, kHasPrefix>(global_keys, p, p.landmark_key, p.key, batch, head,
+                                                     block * kBlock);
+        gather_globals<kBlock, kThreads, kHasPrefix>(global_values, p, p.landmark_value, p.value, batch, head,
+                                                     block * kBlock);
     };
 
     // Chunk terms of a block of chunks: kRowsPerLoad rows of one kind from a warp at a time.
@@ -236,7 +235,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         load_rows(keys, p.key);
         load_rows(values, p.value);
         load_rows(grad_outputs, p.grad_output);
-        if (plan.landmark_blocks == 1) load_landmarks(0);
+        if (plan.global_blocks == 1) load_globals(0);
+        if constexpr (kHasPrefix) Prefix{shared.prefix}.load(p, batch, head);
         copy_commit();
         load_numbers(shared.tokens[0]);
         for (int i = 0; i < kTermLoads; ++i) store_term(load_first_term(shared.tokens[0], i), i);
@@ -245,11 +245,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     fill_bias_table<kThreads>(p, w, head, shared.bias_table);
     if (threadIdx.x < kBlock) {
         shared.query_place[threadIdx.x] = w.query_place(min(static_cast<int>(threadIdx.x), size - 1));
-        if (plan.landmark_blocks == 1 && !p.exclude_window_landmarks)
-            shared.landmark_bias[threadIdx.x] = global_bias(p, w.key_box(0, 0), batch, threadIdx.x);
+        if (plan.global_blocks == 1 && !p.exclude_window_landmarks)
+            shared.global_bias[threadIdx.x] = global_bias(p, w.key_box(0, 0), batch, threadIdx.x);
     }
 
     float grad_bias[kBlock / 8][4] = {}; // of the warp's keys and all queries, summed over windows
+    [[maybe_unused]] float grad_prefix_query[Prefix::kTiles][2] = {}; // likewise
     for (int window = first_window; window < last_window; ++window) {
         const Tokens& tokens = shared.tokens[(window - first_window) % 2];
         Tokens& next_tokens = shared.tokens[(window - first_window + 1) % 2];
@@ -261,10 +262,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             describe(window + 1, next_tokens);
             load_numbers(next_tokens);
         }
-        if (kGeneral && p.exclude_window_landmarks && plan.landmark_blocks == 1 && threadIdx.x < kBlock)
-            shared.landmark_bias[threadIdx.x] =
+        if (kGeneral && p.exclude_window_landmarks && plan.global_blocks == 1 && threadIdx.x < kBlock)
+            shared.global_bias[threadIdx.x] =
                 global_bias(p, w.key_box(window / w.columns, window % w.columns), batch, threadIdx.x);
 
+        const int key_token[2] = {tokens.valid[own + group], tokens.valid[own + group + 8]};
+        [[maybe_unused]] uint32_t prefix_weight[2], prefix_grad_score[2];
+        if constexpr (kHasPrefix)
+            Prefix{shared.prefix}.weigh(prefix_weight, prefix_grad_score, keys, values, own, key_token,
+                                        scale_log2, dropout);
         uint32_t weight[kBlock / 16][4], key_grad_score[kBlock / 16][4];
         {
             // Keys on M, queries on N.
@@ -293,7 +299,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             begin_products<kHeadDim>();
             multiply_transposed(product, values, own, grad_outputs, size);
             end_products<kHeadDim>(product);
-            const int key_token[2] = {tokens.valid[own + group], tokens.valid[own + group + 8]};
             const auto kept = dropout.template factors<kBlock / 8>(
                 [&](int n, int e) { return tokens.valid[8 * n + pair + e % 2]; },
                 [&](int, int e) { return key_token[e / 2]; });
@@ -357,6 +362,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             begin_products<kHeadDim>();
             multiply(grad_value, weight, grad_outputs, size);
             end_products<kHeadDim>(grad_value);
+            if constexpr (kHasPrefix) Prefix{shared.prefix}.add_to_values(grad_value, prefix_weight);
             for_chunks([&](const int (&column)[2]) {
                 add_term(grad_value, 0, column, tokens.chunk_weight[own + group],
                          tokens.chunk_weight[own + group + 8]);
@@ -364,11 +370,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             stage_gradient(grad_value, values, own);
             store(p.grad_value);
         }
+        if constexpr (kHasPrefix) Prefix{shared.prefix}.add_to_queries(grad_prefix_query, keys);
         {
             float grad_key[kHeadDim / 8][4] = {};
             begin_products<kHeadDim>();
             multiply(grad_key, key_grad_score, queries, size);
             end_products<kHeadDim>(grad_key);
+            if constexpr (kHasPrefix) Prefix{shared.prefix}.add_to_keys(grad_key, prefix_grad_score);
             multiply_all(grad_key, scale);
             const float upper = tokens.chunk_grad[own + group], lower = tokens.chunk_grad[own + group + 8];
             for_chunks([&](const int (&column)[2]) {
@@ -398,31 +406,31 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         begin_products<kHeadDim>();
         multiply_left_transposed(grad_query, grad_scores, own, keys, size);
         end_products<kHeadDim>(grad_query);
-        const int landmark_blocks = kGeneral ? plan.landmark_blocks : 1;
-        for (int block = 0; block < landmark_blocks; ++block) {
+        const int global_blocks = kGeneral ? plan.global_blocks : 1;
+        for (int block = 0; block < global_blocks; ++block) {
             const int first = block * kBlock;
-            if (kGeneral && landmark_blocks > 1) {
+            if (kGeneral && global_blocks > 1) {
                 __syncthreads();
-                load_landmarks(block);
+                load_globals(block);
                 copy_commit();
                 if (threadIdx.x < kBlock)
-                    shared.landmark_bias[threadIdx.x] = global_bias(
+                    shared.global_bias[threadIdx.x] = global_bias(
                         p, w.key_box(window / w.columns, window % w.columns), batch, first + threadIdx.x);
                 copy_wait<0>();
                 publish_tiles();
                 __syncthreads();
             }
-            // Queries on M, landmarks on N.
+            // Queries on M, global columns on N.
             float product[kBlock / 8][4];
             begin_products<kHeadDim>();
-            multiply_transposed(product, queries, own, landmark_keys, landmarks - first);
+            multiply_transposed(product, queries, own, global_keys, globals - first);
             end_products<kHeadDim>(product);
             uint32_t grad_score[kBlock / 16][4];
 #pragma unroll
             for (int n = 0; n < kBlock / 8; ++n) {
                 float x[4] = {};
-                if (first + 8 * n < landmarks) {
-                    const float2 bias = *reinterpret_cast<const float2*>(&shared.landmark_bias[8 * n + pair]);
+                if (first + 8 * n < globals) {
+                    const float2 bias = *reinterpret_cast<const float2*>(&shared.global_bias[8 * n + pair]);
 #pragma unroll
                     for (int e = 0; e < 4; ++e) {
                         const float logit = product[n][e] * scale_log2 + (e % 2 ? bias.y : bias.x);
@@ -437,14 +445,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
                     grad_score[n / 2][n % 2 * 2 + r] = pack<S>(x[2 * r], x[2 * r + 1]);
             }
             begin_products<kHeadDim>();
-            multiply_transposed(product, grad_outputs, own, landmark_values, landmarks - first);
+            multiply_transposed(product, grad_outputs, own, global_values, globals - first);
             end_products<kHeadDim>(product);
             const auto kept = dropout.template factors<kBlock / 8>(
                 [&](int, int e) { return query_token[e / 2]; },
-                [&](int n, int e) { return w.num_tokens + first + 8 * n + pair + e % 2; });
+                [&](int n, int e) {
+                    return global_entry<kHasPrefix>(first + 8 * n + pair + e % 2, landmarks, w.num_tokens);
+                });
 #pragma unroll
             for (int n = 0; n < kBlock / 8; ++n) {
-                if (first + 8 * n >= landmarks) continue;
+                if (first + 8 * n >= globals) continue;
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     uint32_t& packed = grad_score[n / 2][n % 2 * 2 + r];
@@ -454,7 +464,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
                 }
             }
             begin_products<kHeadDim>();
-            multiply(grad_query, grad_score, landmark_keys, landmarks - first);
+            multiply(grad_query, grad_score, global_keys, globals - first);
             end_products<kHeadDim>(grad_query);
         }
         multiply_all(grad_query, scale);
@@ -480,6 +490,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         }
     }
 
+    if constexpr (kHasPrefix) Prefix::store_queries(p, grad_prefix_query, bh * plan.slices + slice);
     if (!p.grad_relative_bias) return;
     __syncthreads();
 #pragma unroll
@@ -511,13 +522,14 @@ int64_t count_bias_pieces(const AttentionParams& p) {
     return count_slices(p.shape.batch * p.shape.heads, p.shape.geometry.num_windows(), Traits::kSlots);
 }
 
-// Whether dropout, a mask, hidden landmarks or more than one block of landmarks or chunks are to be handled.
+// Whether dropout, a mask, hidden landmarks or more than one block of global columns or chunks are to be
+// handled.
 template <class Traits>
 bool is_general(const AttentionParams& p) {
     const Geometry& g = p.shape.geometry;
     const auto most_chunks = [](int64_t window, int64_t chunk) { return (window + chunk - 2) / chunk + 1; };
     return p.dropout.threshold > 0 || p.key_padding_mask || g.is_causal || p.exclude_window_landmarks ||
-           p.num_landmarks > Traits::kBlock ||
+           p.num_landmarks + g.num_prefix_tokens > Traits::kBlock ||
            most_chunks(g.window_height, g.chunk_height) * most_chunks(g.window_width, g.chunk_width) >
                Traits::kBlockChunks;
 }
@@ -531,8 +543,8 @@ void launch_window_attention_bwd(const AttentionParams& p, cudaStream_t stream) 
     const WindowGradPlan plan{
         .windows = Windows::of(p),
         .slices = static_cast<int>(slices),
-        .landmark_blocks =
-            static_cast<int>(detail::max(detail::ceil_div(p.num_landmarks, Traits::kBlock), 1)),
+        .global_blocks = static_cast<int>(
+            detail::max(detail::ceil_div(p.num_landmarks + g.num_prefix_tokens, Traits::kBlock), 1)),
         .num_chunks = static_cast<int>(g.num_chunks()),
         .chunk_columns = static_cast<int>(g.chunk_columns()),
         .chunk_height = static_cast<int>(g.chunk_height),

@@ -4,26 +4,27 @@
 
 #include "kernels/cuda/mma/bwd_utils.cuh"
 #include "kernels/cuda/mma/product.cuh"
+#include "kernels/cuda/mma/window_attention_bwd_prefix.cuh"
 #include "kernels/cuda/mma/windows.cuh"
 
 namespace eva_attn::cuda::mma {
 
-template <class S_, int kHeadDim_, bool kHasDropout_>
+template <class S_, int kHeadDim_, bool kHasDropout_, bool kHasPrefix_ = false>
 struct BlockGradTraits {
     using S = S_;
     static constexpr int kHeadDim = kHeadDim_;
-    static constexpr bool kHasDropout = kHasDropout_;
+    static constexpr bool kHasDropout = kHasDropout_, kHasPrefix = kHasPrefix_;
     static constexpr int kBlockM = 64, kBlockN = kHeadDim == 64 ? 64 : 32;
     static constexpr int kThreads = kBlockM / 16 * kWarpSize;
     static constexpr int kCtasPerSm = kHasDropout || kHeadDim == 128 ? 2 : 3;
 
     struct Columns {
-        alignas(1024) S first[kBlockN * kHeadDim];  // queries, or keys and landmark keys
-        alignas(1024) S second[kBlockN * kHeadDim]; // gradients of outputs, or values and landmark values
+        alignas(1024) S first[kBlockN * kHeadDim];  // queries, or keys and global keys
+        alignas(1024) S second[kBlockN * kHeadDim]; // gradients of outputs, or values and global values
         int token[kBlockN];                         // -1: none; of a landmark its number in dropout's counter
         union {
             float logsumexp[kBlockN]; // of queries, times log2(e)
-            float bias[kBlockN];      // of keys and landmarks, -inf: hidden
+            float bias[kBlockN];      // of keys and global columns, -inf: hidden
         };
         float delta[kBlockN]; // of queries
     };
@@ -31,6 +32,7 @@ struct BlockGradTraits {
         alignas(1024) S first[kBlockM * kHeadDim];
         alignas(1024) S second[kBlockM * kHeadDim];
         Columns columns[2];
+        PrefixShared<S, kHeadDim, kHasPrefix> prefix;
     };
 };
 
@@ -47,7 +49,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     using S = typename Traits::S;
     constexpr int kHeadDim = Traits::kHeadDim, kThreads = Traits::kThreads, kBlockM = Traits::kBlockM,
                   kBlockN = Traits::kBlockN;
-    constexpr bool kHasDropout = Traits::kHasDropout;
+    constexpr bool kHasDropout = Traits::kHasDropout, kHasPrefix = Traits::kHasPrefix;
     using RowTile = Tile<S, kHeadDim>;
     extern __shared__ __align__(1024) char memory[];
     auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
@@ -110,6 +112,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
                                   key_token);
         gather<kBlockM, kThreads>(values, head_rows<S>(p.value, batch, head), p.value.token_stride, head_dim,
                                   key_token);
+        if constexpr (kHasPrefix) PrefixQueries<S, kHeadDim>{shared.prefix}.load(p, batch, head);
         load(start, shared.columns[0]);
     }
 
@@ -172,6 +175,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         end_products<kHeadDim>(grad_value, grad_key);
     }
 
+    if constexpr (kHasPrefix) {
+        using Prefix = PrefixQueries<S, kHeadDim>;
+        const Prefix prefix{shared.prefix};
+        uint32_t weight[2], grad_score[2];
+        prefix.weigh(weight, grad_score, keys, values, own, token, scale_log2, dropout);
+        prefix.add_to_values(grad_value, weight);
+        prefix.add_to_keys(grad_key, grad_score);
+        __syncthreads();
+        float grad_query[Prefix::kTiles][2] = {};
+        prefix.add_to_queries(grad_query, keys);
+        const int block = first_key / kBlockM;
+        prefix.store_queries(p, grad_query, (bh * w.num_windows + window) * plan.blocks_per_window + block);
+    }
     multiply_all(grad_key, scale);
     const ChunkTerms& terms = p.chunk_terms;
     if (terms.omega) {
@@ -205,7 +221,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     using S = typename Traits::S;
     constexpr int kHeadDim = Traits::kHeadDim, kThreads = Traits::kThreads, kBlockM = Traits::kBlockM,
                   kBlockN = Traits::kBlockN;
-    constexpr bool kHasDropout = Traits::kHasDropout;
+    constexpr bool kHasDropout = Traits::kHasDropout, kHasPrefix = Traits::kHasPrefix;
     using RowTile = Tile<S, kHeadDim>;
     extern __shared__ __align__(1024) char memory[];
     auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
@@ -226,19 +242,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const auto valid = [&](int token) { return token >= 0 && mask && mask[token] ? -1 : token; };
     const TokenBox box = w.query_box(row, column), keys_box = w.key_box(row, column);
 
-    // Blocks of window keys, then of landmarks.
-    int num_keys = w.keys.size(), num_landmarks = landmarks;
+    // Blocks of window keys, then of global columns.
+    int num_keys = w.keys.size(), num_globals = landmarks + (kHasPrefix ? w.num_prefix_tokens : 0);
     if (g.is_causal) {
         const int last_query = min(first_query + kBlockM, w.queries.size()) - 1;
         num_keys = min(num_keys, last_query + 1 + w.overlap_x);
-        num_landmarks = min(landmarks, (box.x0 + last_query) / static_cast<int>(g.chunk_width));
+        num_globals = min(landmarks, (box.x0 + last_query) / static_cast<int>(g.chunk_width));
     }
     const int key_blocks = (num_keys + kBlockN - 1) / kBlockN;
-    const int last = key_blocks + (num_landmarks + kBlockN - 1) / kBlockN;
+    const int last = key_blocks + (num_globals + kBlockN - 1) / kBlockN;
 
     const auto load = [&](int i, typename Traits::Columns& columns) {
         const RowTile first{columns.first}, second{columns.second};
-        const int landmark = (i - key_blocks) * kBlockN;
+        const int first_column = (i - key_blocks) * kBlockN;
         if (i < key_blocks) {
             using Gather = GatherRows<kBlockN, kThreads, kHeadDim>;
             int token[Gather::kCount];
@@ -249,14 +265,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             gather_rows<Gather>(first, head_rows<S>(p.key, batch, head), p.key.token_stride, token);
             gather_rows<Gather>(second, head_rows<S>(p.value, batch, head), p.value.token_stride, token);
         } else {
-            const auto landmark_of = [&](int row) {
-                return landmark + row < landmarks ? landmark + row : -1;
-            };
-            const int64_t at = bh * landmarks * head_dim;
-            gather<kBlockN, kThreads>(first, static_cast<const S*>(p.landmark_key) + at, head_dim, head_dim,
-                                      landmark_of);
-            gather<kBlockN, kThreads>(second, static_cast<const S*>(p.landmark_value) + at, head_dim,
-                                      head_dim, landmark_of);
+            gather_globals<kBlockN, kThreads, kHasPrefix>(first, p, p.landmark_key, p.key, batch, head,
+                                                          first_column);
+            gather_globals<kBlockN, kThreads, kHasPrefix>(second, p, p.landmark_value, p.value, batch, head,
+                                                          first_column);
         }
         copy_commit();
         if (threadIdx.x >= kBlockN) return;
@@ -265,8 +277,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             columns.token[threadIdx.x] = token;
             columns.bias[threadIdx.x] = token < 0 ? -kInfinity : 0.0f;
         } else {
-            columns.token[threadIdx.x] = w.num_tokens + landmark + threadIdx.x;
-            columns.bias[threadIdx.x] = global_bias(p, keys_box, batch, landmark + threadIdx.x);
+            const int column = first_column + threadIdx.x;
+            columns.token[threadIdx.x] = global_entry<kHasPrefix>(column, landmarks, w.num_tokens);
+            columns.bias[threadIdx.x] = global_bias(p, keys_box, batch, column);
         }
     };
 
@@ -303,7 +316,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
 
         const RowTile first{columns.first}, second{columns.second};
         const bool of_window = i < key_blocks;
-        const int count = of_window ? num_keys - i * kBlockN : num_landmarks - (i - key_blocks) * kBlockN;
+        const int count = of_window ? num_keys - i * kBlockN : num_globals - (i - key_blocks) * kBlockN;
         float score[kBlockN / 8][4], grad_weight[kBlockN / 8][4];
         begin_products<kHeadDim>();
         multiply_transposed(score, queries, own, first, count);

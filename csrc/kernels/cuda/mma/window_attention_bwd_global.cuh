@@ -1,5 +1,5 @@
-// First kernel of the joint attention's backward: delta, and the gradients of landmarks, summed over the
-// queries of a piece of the sequence.
+// First kernel of the joint attention's backward: delta, and the gradients of the global columns, landmarks
+// and prefix keys, summed over the queries of a piece of the sequence.
 #pragma once
 
 #include "kernels/cuda/mma/bwd_utils.cuh"
@@ -14,7 +14,7 @@ struct GlobalGradTraits {
     static constexpr int kHeadDim = kHeadDim_;
     static constexpr int kThreads = 128;
     static constexpr int kCtasPerSm = kHeadDim == 64 ? 3 : 2;
-    static constexpr int kBlockC = 64; // landmarks, 16 a warp
+    static constexpr int kBlockC = 64; // global columns, 16 a warp
     static constexpr int kBlockQ = 4096 / kHeadDim;
     static constexpr int kStages = 2;
 
@@ -27,14 +27,14 @@ struct GlobalGradTraits {
         Box32 window[kBlockQ]; // keys of the query's window, where its landmarks may be excluded
     };
     struct Shared {
-        alignas(1024) S landmark_key[kBlockC * kHeadDim];
-        alignas(1024) S landmark_value[kBlockC * kHeadDim];
+        alignas(1024) S global_key[kBlockC * kHeadDim];
+        alignas(1024) S global_value[kBlockC * kHeadDim];
         Box32 extent[kBlockC]; // of the landmark's valid members
         Stage stage[kStages];
     };
 };
 
-template <class Traits, bool kHasDropout>
+template <class Traits, bool kHasDropout, bool kHasPrefix>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     window_attention_bwd_global_kernel(const __grid_constant__ AttentionParams p) {
     using S = typename Traits::S;
@@ -47,25 +47,26 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const Geometry& g = p.shape.geometry;
     const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
     const int landmarks = static_cast<int>(p.num_landmarks);
-    const int landmark_blocks = max(1, (landmarks + kBlockC - 1) / kBlockC);
-    const int prefix = static_cast<int>(g.num_prefix_tokens), tokens = static_cast<int>(g.num_tokens());
+    const int prefix = kHasPrefix ? static_cast<int>(g.num_prefix_tokens) : 0;
+    const int tokens = static_cast<int>(g.num_tokens());
+    const int columns = landmarks + prefix, column_blocks = max(1, (columns + kBlockC - 1) / kBlockC);
     int block = blockIdx.x;
     const int head = block % heads;
     block /= heads;
-    const int landmark_block = block % landmark_blocks;
-    block /= landmark_blocks;
+    const int column_block = block % column_blocks;
+    block /= column_blocks;
     const int piece = block % static_cast<int>(p.pieces);
     const int batch = block / static_cast<int>(p.pieces);
     const int64_t bh = int64_t{batch} * heads + head;
 
-    const int tiles = (tokens - prefix + kBlockQ - 1) / kBlockQ;
+    const int tiles = (tokens + kBlockQ - 1) / kBlockQ;
     int tile = static_cast<int>(int64_t{tiles} * piece / p.pieces);
     const int last_tile = static_cast<int>(int64_t{tiles} * (piece + 1) / p.pieces);
-    const int first_landmark = landmark_block * kBlockC;
+    const int first_column = column_block * kBlockC;
     const int chunk_width = static_cast<int>(g.chunk_width);
     if (g.is_causal) { // a chunk is visible from its end on
-        const int first_query = (first_landmark + 1) * chunk_width;
-        if (landmark_block > 0) tile = max(tile, min(first_query / kBlockQ, last_tile));
+        const int first_query = (first_column + 1) * chunk_width;
+        if (column_block > 0) tile = max(tile, min(first_query / kBlockQ, last_tile));
     }
 
     const S* const query = head_rows<S>(p.query, batch, head);
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     float next_logsumexp = 0;
     const auto load_tile = [&](int tile, typename Traits::Stage& stage) {
         const auto token_of = [&](int row) {
-            const int token = prefix + tile * kBlockQ + row;
+            const int token = tile * kBlockQ + row;
             return token < tokens && !(mask && mask[token]) ? token : -1;
         };
         using Gather = GatherRows<kBlockQ, kThreads, kHeadDim>;
@@ -102,43 +103,45 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         }
     };
 
-    const auto landmark_of = [&](int row) {
-        return first_landmark + row < landmarks ? first_landmark + row : -1;
-    };
-    const RowTile landmark_key{shared.landmark_key}, landmark_value{shared.landmark_value};
-    gather<kBlockC, kThreads>(landmark_key, static_cast<const S*>(p.landmark_key) + bh * landmarks * head_dim,
-                              head_dim, head_dim, landmark_of);
-    gather<kBlockC, kThreads>(landmark_value,
-                              static_cast<const S*>(p.landmark_value) + bh * landmarks * head_dim, head_dim,
-                              head_dim, landmark_of);
+    const RowTile global_key{shared.global_key}, global_value{shared.global_value};
+    gather_globals<kBlockC, kThreads, kHasPrefix>(global_key, p, p.landmark_key, p.key, batch, head,
+                                                  first_column);
+    gather_globals<kBlockC, kThreads, kHasPrefix>(global_value, p, p.landmark_value, p.value, batch, head,
+                                                  first_column);
     copy_commit();
     if (tile < last_tile) load_tile(tile, shared.stage[0]);
     copy_commit();
 
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const int group = lane / 4, pair = lane % 4 * 2;
-    const int own = warp * 16; // first landmark row of the warp
+    const int own = warp * 16; // first column of the warp
     const float scale_log2 = static_cast<float>(p.scale) * kLog2e;
     const DropoutWeights<kHasDropout> dropout(p, bh);
     const bool excludes = p.exclude_window_landmarks && p.extents;
-    const TokenBox nowhere{}; // contains no chunk
+    TokenBox nowhere{}; // contains no chunk
+    nowhere.num_prefix_tokens = prefix;
     float bias[2];
-    int landmark[2];
+    int column[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        landmark[r] = first_landmark + own + group + 8 * r;
-        bias[r] = landmark[r] < landmarks ? global_bias(p, nowhere, batch, landmark[r]) : -kInfinity;
+        column[r] = first_column + own + group + 8 * r;
+        bias[r] = column[r] < columns ? global_bias(p, nowhere, batch, column[r]) : -kInfinity;
     }
-    if (excludes && threadIdx.x < kBlockC && first_landmark + threadIdx.x < landmarks) {
-        const int32_t* const extent =
-            p.extents + batch * p.extents_batch_stride + 4 * int64_t{first_landmark + threadIdx.x};
-        shared.extent[threadIdx.x] = Box32{extent[0], extent[1], extent[2], extent[3]};
+    if (excludes && threadIdx.x < kBlockC) {
+        const int own_column = first_column + threadIdx.x;
+        if (own_column < landmarks) {
+            const int32_t* const extent =
+                p.extents + batch * p.extents_batch_stride + 4 * int64_t{own_column};
+            shared.extent[threadIdx.x] = Box32{extent[0], extent[1], extent[2], extent[3]};
+        } else if (kHasPrefix) {
+            shared.extent[threadIdx.x] = Box32{-1, 0, -1, 0}; // inside of no window
+        }
     }
 
     float grad_key[kHeadDim / 8][4] = {}, grad_value[kHeadDim / 8][4] = {};
     for (int i = 0; tile < last_tile; ++tile, ++i) {
         typename Traits::Stage& stage = shared.stage[i % kStages];
-        const int first_query = prefix + tile * kBlockQ;
+        const int first_query = tile * kBlockQ;
         copy_wait<0>();
         // A thread has waited for its own copies only, and reads those before the barrier.
         using Gather = GatherRows<kBlockQ, kThreads, kHeadDim>;
@@ -152,7 +155,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
                 sum += __shfl_xor_sync(0xffffffffu, sum, offset);
             if (unit != 0) continue;
             stage.delta[r] = sum;
-            if (landmark_block == 0 && first_query + r < tokens)
+            if (column_block == 0 && first_query + r < tokens)
                 static_cast<float*>(p.delta)[bh * tokens + first_query + r] = sum;
         }
         if (threadIdx.x < kBlockQ) {
@@ -166,27 +169,28 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
 
         const RowTile queries{stage.query}, grad_outputs{stage.grad_output};
         const int count = min(kBlockQ, tokens - first_query);
-        // Landmarks on M, queries on N.
+        // Global columns on M, queries on N.
         float score[kBlockQ / 8][4], grad_weight[kBlockQ / 8][4];
         begin_products<kHeadDim>();
-        multiply_transposed(score, landmark_key, own, queries, count);
-        multiply_transposed(grad_weight, landmark_value, own, grad_outputs, count);
+        multiply_transposed(score, global_key, own, queries, count);
+        multiply_transposed(grad_weight, global_value, own, grad_outputs, count);
         end_products<kHeadDim>(score, grad_weight);
-        if (g.is_causal || excludes) {
+        if (g.is_causal || excludes || (kHasPrefix && first_query < prefix)) {
 #pragma unroll
             for (int n = 0; n < kBlockQ / 8; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     const int q = 8 * n + pair + e % 2;
                     const bool hidden =
-                        (g.is_causal && first_query + q < (landmark[e / 2] + 1) * chunk_width) ||
-                        (excludes && stage.window[q].contains(shared.extent[own + group + e / 2 * 8]));
+                        (g.is_causal && first_query + q < (column[e / 2] + 1) * chunk_width) ||
+                        (excludes && stage.window[q].contains(shared.extent[own + group + e / 2 * 8])) ||
+                        (kHasPrefix && first_query + q < prefix && column[e / 2] < landmarks);
                     if (hidden) score[n][e] = -kInfinity;
                 }
         }
         const auto kept = dropout.template factors<kBlockQ / 8>(
             [&](int n, int e) { return first_query + 8 * n + pair + e % 2; },
-            [&](int, int e) { return tokens + landmark[e / 2]; });
+            [&](int, int e) { return global_entry<kHasPrefix>(column[e / 2], landmarks, tokens); });
         uint32_t weight[kBlockQ / 16][4], grad_score[kBlockQ / 16][4];
         weigh_queries<S>(weight, grad_score, score, grad_weight, scale_log2, bias, stage.logsumexp,
                          stage.delta, kept);
@@ -199,8 +203,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const float scale = static_cast<float>(p.scale);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        if (landmark[r] >= landmarks) continue;
-        const int64_t row = ((bh * p.pieces + piece) * (landmarks + prefix) + landmark[r]) * head_dim;
+        if (column[r] >= columns) continue;
+        const int64_t row = ((bh * p.pieces + piece) * columns + column[r]) * head_dim;
         float* const key_out = static_cast<float*>(p.grad_global_key) + row;
         float* const value_out = static_cast<float*>(p.grad_global_value) + row;
 #pragma unroll
@@ -214,23 +218,32 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     }
 }
 
+template <class Traits>
+int64_t count_column_blocks(const AttentionParams& p) {
+    const int64_t columns = p.num_landmarks + p.shape.geometry.num_prefix_tokens;
+    return detail::max(1, detail::ceil_div(columns, Traits::kBlockC));
+}
+
 // Enough blocks for the GPUs of the day, by the shape alone.
 template <class Traits>
 int64_t count_global_pieces(const AttentionParams& p) {
     const Geometry& g = p.shape.geometry;
-    const int64_t landmark_blocks = detail::max(1, detail::ceil_div(p.num_landmarks, Traits::kBlockC));
-    const int64_t tiles = detail::ceil_div(g.grid_height * g.grid_width, Traits::kBlockQ);
-    return count_slices(p.shape.batch * p.shape.heads * landmark_blocks, tiles, 132 * Traits::kCtasPerSm);
+    const int64_t tiles = detail::ceil_div(g.num_tokens(), Traits::kBlockQ);
+    return count_slices(p.shape.batch * p.shape.heads * count_column_blocks<Traits>(p), tiles,
+                        132 * Traits::kCtasPerSm);
 }
 
 template <class Traits>
 void launch_window_attention_bwd_global(const AttentionParams& p, cudaStream_t stream) {
-    const int64_t landmark_blocks = detail::max(1, detail::ceil_div(p.num_landmarks, Traits::kBlockC));
-    const int64_t blocks = p.shape.batch * p.shape.heads * p.pieces * landmark_blocks;
+    const int64_t blocks = p.shape.batch * p.shape.heads * p.pieces * count_column_blocks<Traits>(p);
     if (blocks == 0 || p.shape.geometry.num_tokens() == 0) return;
     constexpr bool kAlwaysDropout = Traits::kHeadDim == 128;
-    auto* const kernel = p.dropout.threshold > 0 ? window_attention_bwd_global_kernel<Traits, true>
-                                                 : window_attention_bwd_global_kernel<Traits, kAlwaysDropout>;
+    const bool has_prefix = p.shape.geometry.num_prefix_tokens > 0;
+    auto* const kernel = p.dropout.threshold > 0
+                             ? has_prefix ? window_attention_bwd_global_kernel<Traits, true, true>
+                                          : window_attention_bwd_global_kernel<Traits, true, false>
+                         : has_prefix ? window_attention_bwd_global_kernel<Traits, kAlwaysDropout, true>
+                                      : window_attention_bwd_global_kernel<Traits, kAlwaysDropout, false>;
     constexpr int kBytes = sizeof(typename Traits::Shared);
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
     kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, kBytes, stream>>>(p);

@@ -123,4 +123,40 @@ __device__ inline float global_bias(const AttentionParams& p, const TokenBox& ke
                            : 0.0f;
 }
 
+// What dropout counts for the global column: landmarks come behind all tokens.
+template <bool kHasPrefix>
+__device__ inline int global_entry(int column, int landmarks, int num_tokens) {
+    return kHasPrefix && column >= landmarks ? column - landmarks : num_tokens + column;
+}
+
+// Begins to copy kRows global columns of a head from column `first` on: rows of `landmark_rows`
+// [B H, landmarks, D], then of `token_rows`; zeros beyond them and at padding.
+template <int kRows, int kThreads, bool kHasPrefix, class S, int kHeadDim>
+__device__ inline void gather_globals(Tile<S, kHeadDim> tile, const AttentionParams& p,
+                                      const void* landmark_rows, const Rows& token_rows, int batch, int head,
+                                      int first) {
+    const int landmarks = static_cast<int>(p.num_landmarks), head_dim = static_cast<int>(p.shape.head_dim);
+    const S* const base =
+        static_cast<const S*>(landmark_rows) + (batch * p.shape.heads + head) * landmarks * int64_t{head_dim};
+    if constexpr (!kHasPrefix) {
+        gather<kRows, kThreads>(tile, base, head_dim, head_dim,
+                                [&](int row) { return first + row < landmarks ? first + row : -1; });
+    } else {
+        using Gather = GatherRows<kRows, kThreads, kHeadDim>;
+        const Geometry& g = p.shape.geometry;
+        const S* const tokens = head_rows<S>(token_rows, batch, head);
+        const bool* const mask = p.key_padding_mask ? p.key_padding_mask + batch * g.num_tokens() : nullptr;
+#pragma unroll
+        for (int i = 0; i < Gather::kCount; ++i) {
+            const int row = Gather::row(i), unit = Gather::unit(), token = first + row - landmarks;
+            const bool is_landmark = token < 0;
+            const bool valid =
+                unit * 8 < head_dim && token < g.num_prefix_tokens && (is_landmark || !(mask && mask[token]));
+            const S* const from = is_landmark ? base + int64_t{first + row} * head_dim
+                                              : tokens + token * token_rows.token_stride;
+            copy_async(tile.unit(row, unit), from + unit * 8, valid);
+        }
+    }
+}
+
 } // namespace eva_attn::cuda::mma
