@@ -34,6 +34,7 @@ CASES = {
     ),
     "causal": Case(560, 256, 32, kind="linear-layernorm", is_causal=True, head_dim=128, packed=True),
     "grid": Case((14, 14), 7, 2, kind="linear-layernorm", bias="per head", head_dim=64, packed=True),
+    "tangent": Case(200, 16, 8, kind="tangent", bias="per head", exclude=True, head_dim=64),
     "grid-options": Case((11, 13), 4, 3, overlap=1, exclude=True, log_count=True, head_dim=48, noise=True),
 }
 
