@@ -21,6 +21,7 @@ STATE_TENSORS = (
     "key_sum",
     "query_sum",
     "head_position",
+    "landmark_entropy",
 )
 
 
@@ -43,6 +44,7 @@ class DecodingState:
     query_sum: Tensor  # [B, H, D]
     head_position: Tensor  # int64 [B, H]: each head counts for itself, and waits for no other
     room: int  # tokens that every sequence can take in at least
+    landmark_entropy: Tensor | None = None  # [B, H, C], of tangents; dtype of the sums
 
     @classmethod
     def zeros(
@@ -55,6 +57,7 @@ class DecodingState:
         window_size: int,
         chunk_size: int,
         overlap: int,
+        tangent: bool = False,
         device: torch.device,
         dtype: torch.dtype,
     ) -> "DecodingState":
@@ -75,6 +78,7 @@ class DecodingState:
             query_sum=zeros(head_dim, dtype=accumulation),
             head_position=zeros(dtype=torch.int64),
             room=max_length,
+            landmark_entropy=zeros(num_chunks, dtype=accumulation) if tangent else None,
         )
 
     @property
@@ -126,7 +130,8 @@ class DecodingState:
 
     def tensors(self) -> dict[str, Any]:
         """What grows with the sequences, under the names that the operator has for it."""
-        return {name: getattr(self, name) for name in STATE_TENSORS}
+        tensors = {name: getattr(self, name) for name in STATE_TENSORS}
+        return {name: x for name, x in tensors.items() if x is not None}
 
 
 def prefill(
@@ -255,11 +260,13 @@ def _fill(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    landmarks: tuple[Tensor, Tensor],
+    landmarks: tuple[Tensor, ...],
     num_tokens: Tensor,
 ) -> None:
     """Puts sequences of `num_tokens` [B] tokens into the state, whatever it held."""
-    for buffer, x in zip((state.landmark_key, state.landmark_value), landmarks, strict=True):
+    buffers = (state.landmark_key, state.landmark_value, state.landmark_entropy)
+    for buffer, x in zip(buffers, landmarks, strict=False):
+        assert buffer is not None  # there is one for each that comes
         buffer[:, :, : x.shape[2]] = x[:, :, : buffer.shape[2]]
     end, device = num_tokens[:, None], num_tokens.device
     slots = state.window_key.shape[2]

@@ -27,6 +27,7 @@ _DIMENSIONS: dict[str, tuple[int | None, int | None]] = {
     "noise": (0, 1),
     "relative_bias": (None, 0),
     "landmark_bias": (0, None),
+    "landmark_entropy": (0, 1),
     "key_padding_mask": (0, None),
 }
 

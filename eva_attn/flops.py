@@ -29,8 +29,8 @@ def _joint(
     return 2 * 2 * batch * heads * head_dim * pairs  # type: ignore[return-value]  # a SymInt counts as an int
 
 
-def _summary(query: Shape, grid_size: Pair, chunk_size: Pair, chunk_overlap: Pair) -> int:
-    """Weights, and weighted sums of values: 2 products for every token of a chunk."""
+def _summary(query: Shape, grid_size: Pair, chunk_size: Pair, chunk_overlap: Pair, products: int) -> int:
+    """Weights, and weighted sums of values, of tangents also of keys: products for every token of a chunk."""
     batch, heads, _, head_dim = query
     rows, columns = (
         size + 2 * beyond * chunks
@@ -38,7 +38,7 @@ def _summary(query: Shape, grid_size: Pair, chunk_size: Pair, chunk_overlap: Pai
             grid_size, chunk_overlap, chunk_grid(grid_size, chunk_size), strict=True
         )
     )
-    return 2 * 2 * batch * heads * head_dim * rows * columns
+    return 2 * products * batch * heads * head_dim * rows * columns
 
 
 def _projection(query: Shape, num_landmarks: int, *weights: Shape | None) -> int:
@@ -66,10 +66,11 @@ def _summary_flops(
     chunk_overlap: Pair = (0, 0),
     key_weight: Shape | None = None,
     query_weight: Shape | None = None,
+    tangent: bool = False,
     backward: bool = False,
     **_: Any,
 ) -> int:
-    members = _summary(query, grid_size, chunk_size, chunk_overlap)
+    members = _summary(query, grid_size, chunk_size, chunk_overlap, 3 if tangent else 2)
     projection = _projection(query, _num_landmarks(grid_size, chunk_size), key_weight, query_weight)
     return members * _BACKWARD // 2 + 2 * projection if backward else members + projection
 
@@ -134,7 +135,13 @@ def _chunk_summary(query: Shape, key: Shape, value: Shape, *, out_shape: Any = N
 
 @register_flop_formula(torch.ops.eva_attn.chunk_summary_backward)
 def _chunk_summary_backward(
-    grad_key: Shape, grad_value: Shape, query: Shape, *saved: Any, out_shape: Any = None, **options: Any
+    grad_key: Shape,
+    grad_value: Shape,
+    grad_entropy: Shape,
+    query: Shape,
+    *saved: Any,
+    out_shape: Any = None,
+    **options: Any,
 ) -> int:
     return _summary_flops(query, backward=True, **options)
 
@@ -179,11 +186,16 @@ def _decode_step(
     chunk_size: int,
     key_weight: Shape | None = None,
     query_weight: Shape | None = None,
+    landmark_entropy: Shape | None = None,
     out_shape: Any = None,
     **options: Any,
 ) -> int:
     """Of a state that is full, and with a chunk's share of closing it."""
     batch, heads, _, head_dim = query
     joint = 2 * 2 * batch * heads * head_dim * (window_key[2] + landmark_key[2])
-    summary = 2 * 2 * batch * heads * head_dim + _projection(query, 1, key_weight, query_weight) // chunk_size
+    products = 2 if landmark_entropy is None else 3
+    summary = (
+        2 * products * batch * heads * head_dim
+        + _projection(query, 1, key_weight, query_weight) // chunk_size
+    )
     return joint + summary

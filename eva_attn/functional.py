@@ -116,6 +116,7 @@ def eva_attention(
         chunk_overlap: how many tokens further than its chunk a landmark summarises on every side.
         is_causal: a query sees no later key and only landmarks of chunks that ended before its own.
         projection: makes landmarks from the means of chunks; None leaves the means as they are ("identity").
+            "tangent" makes them tangents of the chunk's log mass, see `LandmarkProjection`.
         noise: [B, H, C, D], added to the mean mu of the random features; None = 0. Gets no gradient.
         relative_bias: [H or 1, 2 (w + e) - 1], on a grid [H or 1, 2 (w_h + e_h) - 1, 2 (w_w + e_w) - 1], with
             w the window and e the overlap: added to the logits of window keys by offset = key - query,
@@ -126,7 +127,8 @@ def eva_attention(
             0; otherwise a chunk of padding alone that reaches valid tokens keeps its landmark.
         exclude_window_landmarks: drop a landmark where the query's window holds all the tokens that it stands
             for.
-        log_count_bias: add the logarithm of the number of tokens that a landmark stands for to its logits.
+        log_count_bias: add the logarithm of the number of tokens that a landmark stands for to its logits;
+            not with tangents, whose entropy stands in its place.
         dropout_p: probability of dropping each weight after the softmax, in [0, 1).
         scale: factor of the scores; None = D**-0.5.
 
@@ -142,6 +144,7 @@ def eva_attention(
     if query.dim() != 4:
         raise ValueError(f"query: expected [B, H, N, D], got shape {tuple(query.shape)}")
     key, value = expand_heads(query, key, value)
+    _refuse_counts(log_count_bias, is_tangent(projection))
     sizes, attention = _options(
         query.shape[0],
         query.shape[2],
@@ -192,6 +195,7 @@ def eva_attention_qkvpacked(
     """
     if qkv.dim() != 5:
         raise ValueError(f"qkv: expected [B, N, 3, H, D], got shape {tuple(qkv.shape)}")
+    _refuse_counts(log_count_bias, is_tangent(projection))
     sizes, attention = _options(
         qkv.shape[0],
         qkv.shape[1],
@@ -230,8 +234,9 @@ def chunk_summary(
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
     mean_divisor: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """The first half of `eva_attention`: landmark keys and values, each [B, H, C, D] of query's dtype.
+) -> tuple[Tensor, ...]:
+    """The first half of `eva_attention`: landmark keys and values, each [B, H, C, D] of query's dtype, and of
+    tangents their entropy [B, H, C], float32 (float64 for float64).
 
     `mean_divisor` stands in for the number of valid tokens in the means of every chunk; 0 = that number.
     Other arguments and errors are those of `eva_attention`.
@@ -248,9 +253,14 @@ def chunk_summary(
         "key_padding_mask": key_padding_mask,
         "scale": scale,
         "mean_divisor": mean_divisor,
+        "tangent": is_tangent(projection),
         **projection_arguments(projection),
     }
-    landmark_key, landmark_value, *_ = _call(torch.ops.eva_attn.chunk_summary, (query, key, value), options)
+    landmark_key, landmark_value, *_, landmark_entropy = _call(
+        torch.ops.eva_attn.chunk_summary, (query, key, value), options
+    )
+    if options["tangent"]:
+        return landmark_key, landmark_value, landmark_entropy
     return landmark_key, landmark_value
 
 
@@ -261,6 +271,7 @@ def window_attention(
     value: Tensor,
     landmark_key: Tensor | None = None,
     landmark_value: Tensor | None = None,
+    landmark_entropy: Tensor | None = None,
     *,
     window_size: Size,
     chunk_size: Size = 1,
@@ -280,11 +291,13 @@ def window_attention(
     """The second half of `eva_attention`: attention to the window and to landmarks [B, H, C, D] of chunks of
     `chunk_size`.
 
-    Without landmarks, plain window attention. Other arguments, result and errors are those of
+    Without landmarks, plain window attention. `landmark_entropy` [B, H, C], in query's dtype or float32, is
+    added to the logits of landmarks and gets a gradient. Other arguments, result and errors are those of
     `eva_attention`.
     """
     if query.dim() != 4:
         raise ValueError(f"query: expected [B, H, N, D], got shape {tuple(query.shape)}")
+    _refuse_counts(log_count_bias, landmark_entropy is not None)
     sizes, attention = _options(
         query.shape[0],
         query.shape[2],
@@ -305,6 +318,7 @@ def window_attention(
         scale,
     )
     options = dict(zip(_SIZE_NAMES + _ATTENTION_NAMES, sizes + attention, strict=True))
+    options["landmark_entropy"] = landmark_entropy
     tensors = (query, key, value, landmark_key, landmark_value)
     return _call(torch.ops.eva_attn.window_attention, tensors, options)[0]
 
@@ -320,9 +334,10 @@ def _attend(
     """The output of both halves by `op`, whose other arguments are in its schema's order."""
     weights, norm_eps = _projection_weights(projection)
     if not _is_distributed(tensors[0]):
-        return op(*tensors, *sizes, *weights, noise, *attention, norm_eps)[0]
-    names = (*_SIZE_NAMES, *_WEIGHT_NAMES, "noise", *_ATTENTION_NAMES, "norm_eps")
-    options = dict(zip(names, (*sizes, *weights, noise, *attention, norm_eps), strict=True))
+        return op(*tensors, *sizes, *weights, noise, *attention, norm_eps, 0, is_tangent(projection))[0]
+    names = (*_SIZE_NAMES, *_WEIGHT_NAMES, "noise", *_ATTENTION_NAMES, "norm_eps", "tangent")
+    values = (*sizes, *weights, noise, *attention, norm_eps, is_tangent(projection))
+    options = dict(zip(names, values, strict=True))
     return _call(op, tensors, options)[0]
 
 
@@ -524,6 +539,16 @@ def _projection_weights(projection: "LandmarkProjection | None") -> tuple[list[T
         if not norms:
             weights += [None, None]
     return weights, norm_eps
+
+
+def is_tangent(projection: "LandmarkProjection | None") -> bool:
+    """Whether landmarks are tangents, which have no projection."""
+    return projection is not None and getattr(projection, "kind", None) == "tangent"
+
+
+def _refuse_counts(log_count_bias: bool, tangent: bool) -> None:
+    if log_count_bias and tangent:
+        raise ValueError("log_count_bias: expected False with tangents, whose entropy stands in its place")
 
 
 def _registered(module: torch.nn.Module, registry: Mapping[str, Any], name: str) -> Any:

@@ -11,7 +11,7 @@ from .decoding import DecodingState
 from .functional import draw_noise, eva_attention, eva_attention_qkvpacked
 from .geometry import Pair, Size
 
-_PROJECTION_KINDS = ("linear-layernorm", "linear", "key-only", "identity")
+_PROJECTION_KINDS = ("linear-layernorm", "linear", "key-only", "identity", "tangent")
 
 
 class LandmarkProjection(nn.Module):
@@ -23,7 +23,14 @@ class LandmarkProjection(nn.Module):
         head_dim: D.
         kind: "linear-layernorm": `Linear(D, D)` then `LayerNorm(D)` for key and for query, as in Zheng et al.
             (ICLR 2023); "linear": without the norms; "key-only": with the norm, for the key alone, so that
-            the random features are centred on 0; "identity": no parameters.
+            the random features are centred on 0; "identity": no parameters; "tangent": none either, see
+            below.
+
+    Of a "tangent" the landmark is not made from the mean key. With the mean query of the chunk (plus noise)
+    as w and p = softmax(scale * w.k_m) over its tokens m, its key is sum p_m k_m, its value sum p_m v_m, and
+    the entropy H(p) = -sum p_m log p_m is added to its logits: then the logit is the tangent at w of the
+    chunk's log mass, log sum exp(scale * q.k_m), which lies below it for every q. Nearest to softmax without
+    training, so the one to convert trained models with. Source: docs/theory.md, "The mass of a chunk".
 
     Linear weights start as a truncated normal of deviation 0.02 and their biases at 0, as the authors' do.
     ValueError for another kind.
@@ -53,7 +60,7 @@ class LandmarkProjection(nn.Module):
                 layers.append(nn.LayerNorm(head_dim, device=device, dtype=dtype))
             return nn.Sequential(*layers)
 
-        self.key = branch() if kind != "identity" else None
+        self.key = branch() if kind not in ("identity", "tangent") else None
         self.query = branch() if kind in ("linear-layernorm", "linear") else None
         self.reset_parameters()
 
@@ -115,6 +122,10 @@ class _EVA(nn.Module):
             raise ValueError(f"attn_drop: expected a probability in [0, 1), got {attn_drop}")
         if relative_bias not in (None, "table", "t5"):
             raise ValueError(f"relative_bias: expected None, 'table' or 't5', got {relative_bias!r}")
+        if projection == "tangent" and log_count_bias:
+            raise ValueError(
+                "log_count_bias: expected False with projection = 'tangent', whose entropy stands in for it"
+            )
 
         self.num_heads = num_heads
         self.head_dim = head_dim
@@ -571,6 +582,7 @@ class CausalEVAttention(_ProjectedEVA):
             window_size=self.window_size,
             chunk_size=self.chunk_size,
             overlap=self.overlap,
+            tangent=self.landmark_projection.kind == "tangent",
             device=weight.device,
             dtype=weight.dtype,
         )
@@ -585,6 +597,11 @@ class CausalEVAttention(_ProjectedEVA):
             raise ValueError(
                 f"state: expected windows {expected} and chunks of {self.chunk_size} tokens, "
                 f"got {tuple(state.window_key.shape)} and {state.chunk_size}"
+            )
+        if (state.landmark_entropy is not None) != (self.landmark_projection.kind == "tangent"):
+            raise ValueError(
+                f"state: expected one made for projection = {self.landmark_projection.kind!r}, got one "
+                f"{'without' if state.landmark_entropy is None else 'with'} entropies of tangents"
             )
 
     def decoding_options(self) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def eva_attention(
 ) -> Tensor:
     """See `eva_attn.eva_attention`."""
     key, value = functional.expand_heads(query, key, value)
-    landmark_key, landmark_value = chunk_summary(
+    landmarks = chunk_summary(
         query,
         key,
         value,
@@ -94,8 +94,7 @@ def eva_attention(
         query,
         key,
         value,
-        landmark_key,
-        landmark_value,
+        *landmarks,
         window_size=window_size,
         chunk_size=chunk_size,
         grid_size=grid_size,
@@ -175,7 +174,7 @@ def chunk_summary(
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
     mean_divisor: int = 0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """See `eva_attn.functional.chunk_summary`. A chunk of padding alone has mean 0 and landmark value 0."""
     num_tokens = query.shape[2]
     grid = geometry.grid(grid_size, num_tokens, num_prefix_tokens)
@@ -190,7 +189,7 @@ def chunk_summary(
     divisor = mean_divisor or member.sum(-1)[:, None, :, None].clamp(min=1)
     mean = member.to(q.dtype)[:, None]
     landmark_key, landmark_query = mean @ k / divisor, mean @ q / divisor  # [B, H, C, D]
-    key_only = False
+    tangent, key_only = functional.is_tangent(projection), False
     if projection is not None:
         key_only = projection.key is not None and projection.query is None
         landmark_key, landmark_query = (
@@ -198,15 +197,22 @@ def chunk_summary(
             _project(landmark_query, projection.query),
         )
 
-    omega = (
-        torch.zeros_like(landmark_key)
-        if key_only
-        else (1.0 if is_causal else 0.5) * (landmark_query + landmark_key)
-    )
+    if tangent:
+        omega = landmark_query
+    elif key_only:
+        omega = torch.zeros_like(landmark_key)
+    else:
+        omega = (1.0 if is_causal else 0.5) * (landmark_query + landmark_key)
     if noise is not None:
         omega = omega + noise.detach().to(omega.dtype)
-    logits = scale * (omega @ k.mT - k.square().sum(-1)[:, :, None, :] / 2)  # [B, H, C, n]
-    landmark_value = _softmax(logits, member[:, None]) @ v
+    logits = omega @ k.mT  # [B, H, C, n]
+    if not tangent:
+        logits = logits - k.square().sum(-1)[:, :, None, :] / 2
+    weights = _softmax(scale * logits, member[:, None])
+    landmark_value = weights @ v
+    if tangent:
+        entropy = -torch.xlogy(weights, weights.clamp(min=torch.finfo(weights.dtype).tiny)).sum(-1)
+        return (weights @ k).to(query.dtype), landmark_value.to(query.dtype), entropy
     return landmark_key.to(query.dtype), landmark_value.to(query.dtype)
 
 
@@ -217,6 +223,7 @@ def window_attention(
     value: Tensor,
     landmark_key: Tensor | None = None,
     landmark_value: Tensor | None = None,
+    landmark_entropy: Tensor | None = None,
     *,
     window_size: Size,
     chunk_size: Size = 1,
@@ -259,6 +266,8 @@ def window_attention(
         member = _valid_members(grid, chunk, chunk_reach, num_prefix_tokens, key_padding_mask, query.device)
         if landmark_bias is not None:
             landmark_logits = landmark_logits + landmark_bias.detach().to(q.dtype)[:, None, None, :]
+        if landmark_entropy is not None:
+            landmark_logits = landmark_logits + landmark_entropy.to(q.dtype)[:, :, None, :]
         if log_count_bias:
             landmark_logits = landmark_logits + member.sum(-1).to(q.dtype).log()[:, None, None, :]
         seen = member.any(-1)[:, None, :] & (position >= num_prefix_tokens)[:, None]  # [1 or B, N, C]

@@ -195,6 +195,9 @@ def main(arguments: list[str] | None = None) -> None:
     model = copy.deepcopy(task.model)
     eva_attn.convert(model, task.held_out, steps=0, **task.options)
     stage("EVA, swapped by convert", model)
+    tangents = copy.deepcopy(task.model)
+    of_tangents = eva_attn.convert(tangents, task.held_out, steps=0, projection="tangent", **task.options)
+    stage("EVA, swapped by convert, tangents", tangents)
     model = copy.deepcopy(task.model)
     report = eva_attn.convert(model, task.batches, held_out=task.held_out, steps=parsed.steps, **task.options)
     stage(f"EVA, fitted, {parsed.steps} steps", model)
@@ -202,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name, trained in (("EVA, fitted", model), ("EVA, swapped by replace_attention", swapped)):
             train_on(trained, task, parsed.train_steps, parsed.learning_rate)
             stage(f"{name}, then trained, {parsed.train_steps} steps", trained)
-    print(report.replacement, report, f"{task.score_name}:", sep="\n\n")
+    print(report.replacement, report, "Tangents:", of_tangents, f"{task.score_name}:", sep="\n\n")
     width = max(map(len, scores))
     print("\n".join(f"{name:<{width}}  {score:.4f}" for name, score in scores.items()))
     if parsed.save:

@@ -13,7 +13,7 @@ from torch import Tensor
 from eva_attn import LandmarkProjection, geometry
 from eva_attn.geometry import Pair, Size
 
-KINDS = ["linear-layernorm", "linear", "key-only", "identity"]
+KINDS = ["linear-layernorm", "linear", "key-only", "identity", "tangent"]
 HAS_CUDA = torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(
     "eva_attn::eva_attention", "CUDA"
 )
@@ -79,10 +79,15 @@ class Arguments:
     options: dict[str, Any]
     landmarks: Tensor  # [2, B, H, C, D]
     cotangent: Tensor  # [B, H, N, D]
+    entropy: Tensor | None = None  # [B, H, C], of tangents
 
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = (x.transpose(1, 2) for x in self.inputs["qkv"].unbind(2))
         return query, key, value
+
+    def halves(self) -> tuple[Tensor, ...]:
+        """Landmarks that are none of the case's making, as `window_attention` takes them."""
+        return (*self.landmarks, *([] if self.entropy is None else [self.entropy]))
 
 
 # Every option, and borders of tokens, windows and chunks that do and do not meet.
@@ -109,6 +114,12 @@ FIXED = {
         (6, 8), 2, 3, overlap=1, exclude=True, log_count=True, padding=0.5, kind="linear", dropout_p=0.2,
         head_dim=33, packed=True,
     ),
+    "tangent": Case(
+        37, 8, 5, overlap=3, chunk_overlap=2, kind="tangent", bias="per head", noise=True,
+        landmark_bias=True, padding=0.2, head_dim=17, scale=0.7,
+    ),
+    "tangent grid": Case((14, 14), 7, 2, kind="tangent", exclude=True, packed=True, head_dim=64, prefix=1),
+    "causal tangent": Case(40, 8, 4, overlap=5, kind="tangent", is_causal=True, dropout_p=0.2, head_dim=32),
     "large": Case(
         (28, 28), 7, 4, kind="linear-layernorm", bias="per head", heads=1, head_dim=40, packed=True
     ),
@@ -124,6 +135,7 @@ def cases(draw: st.DrawFn) -> Case:
         side = st.integers(low, high)
         return draw(st.one_of(st.tuples(side, side), side)) if two_d else draw(side)
 
+    kind = draw(st.sampled_from(KINDS))
     return Case(
         size=(draw(st.integers(1, 9)), draw(st.integers(1, 9))) if two_d else draw(st.integers(1, 45)),
         window=size(1, 5 if two_d else 16),
@@ -134,13 +146,13 @@ def cases(draw: st.DrawFn) -> Case:
         batch=draw(st.integers(1, 2)),
         heads=draw(st.integers(1, 3)),
         head_dim=draw(st.sampled_from([1, 2, 3, 4, 7, 8, 15, 16, 17, 24, 33])),
-        kind=draw(st.sampled_from(KINDS)),
+        kind=kind,
         noise=draw(st.booleans()),
         bias=draw(st.sampled_from(["none", "shared", "per head"])),
         landmark_bias=draw(st.booleans()),
         padding=draw(st.sampled_from([0.0, 0.0, 0.3, 0.8])),
         exclude=draw(st.booleans()),
-        log_count=draw(st.booleans()),
+        log_count=draw(st.booleans()) and kind != "tangent",
         dropout_p=draw(st.sampled_from([0.0, 0.0, 0.3])),
         scale=draw(st.sampled_from([None, 0.7])),
         packed=draw(st.booleans()),
@@ -197,6 +209,7 @@ def arguments(
     landmark_bias[landmark_bias > 1] = -math.inf
     mask = torch.rand(batch, tokens, generator=random) < case.padding
     landmarks, cotangent = normal(2, batch, heads, chunks, dim), normal(batch, heads, tokens, dim)
+    entropy = normal(batch, heads, chunks) if case.kind == "tangent" else None
 
     def placed(x: Tensor) -> Tensor:
         return x.to(device, dtype)
@@ -227,6 +240,7 @@ def arguments(
             "scale": case.scale,
         },
         landmarks=placed(landmarks).requires_grad_(),
+        entropy=None if entropy is None else placed(entropy).requires_grad_(),
         cotangent=placed(cotangent),
     )
 

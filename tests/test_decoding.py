@@ -46,6 +46,7 @@ OPTIONS = {
     "exclude": {"overlap": 2, "exclude_window_landmarks": True, "log_count_bias": True},
     "qk norm": {"qk_norm": nn.LayerNorm, "projection": "key-only"},
     "rotary": {"rotary_embedding": rotary_embedding, "qk_norm": nn.LayerNorm},
+    "tangent": {"projection": "tangent", "overlap": 2, "exclude_window_landmarks": True},
     "grouped": {"rotary_embedding": rotary_embedding, "num_kv_heads": 1, "overlap": 2},
 }
 
@@ -65,14 +66,15 @@ def test_any_split_equals_the_whole(data: st.DataObject) -> None:
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 2**31)))
     chunk = draw(st.integers(1, 4))
+    projection = draw(st.sampled_from(KINDS))
     module = module_of(
         window_size=chunk * draw(st.integers(1, 3)),
         chunk_size=chunk,
         overlap=draw(st.integers(0, 5)),
         relative_bias=draw(st.sampled_from([None, "table", "t5"])),
-        projection=draw(st.sampled_from(KINDS)),
+        projection=projection,
         exclude_window_landmarks=draw(st.booleans()),
-        log_count_bias=draw(st.booleans()),
+        log_count_bias=draw(st.booleans()) and projection != "tangent",
         rotary_embedding=draw(st.sampled_from([None, rotary_embedding])),
         num_kv_heads=draw(st.sampled_from([None, 1])),
     )

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from eva_attn import CausalEVAttention, EVAttention, functional, replace_attention
+from eva_attn import CausalEVAttention, EVAttention, LandmarkProjection, functional, replace_attention
 from eva_attn.distributed import HeadwiseParallel
 
 DIM, HEADS, TOKENS, BATCH = 16, 4, 12, 4
@@ -147,14 +147,18 @@ def check_functions() -> None:
     query, key, value = torch.randn(3, BATCH, HEADS, TOKENS, 4, dtype=torch.float64).unbind()
     bias, landmark_bias = torch.randn(1, 7, dtype=torch.float64), torch.randn(BATCH, 6, dtype=torch.float64)
     windows = {"window_size": 4, "chunk_size": 2, "relative_bias": bias, "landmark_bias": landmark_bias}
-    landmarks = functional.chunk_summary(query, key, value, chunk_size=2)
-    expected = functional.window_attention(query, key, value, *landmarks, **windows)
-    for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
-        shares = [distribute_tensor(x, mesh, [placement]) for x in (query, key, value)]
-        actual = functional.chunk_summary(*shares, chunk_size=2)
-        out = functional.window_attention(*shares, *actual, **windows)
-        assert out.placements == ((Replicate() if placement == Shard(2) else placement),)
-        torch.testing.assert_close(out.full_tensor(), expected)
+    for projection in (None, LandmarkProjection(4, "tangent")):
+        summaries = {"chunk_size": 2, "projection": projection}
+        landmarks = functional.chunk_summary(query, key, value, **summaries)
+        expected = functional.window_attention(query, key, value, *landmarks, **windows)
+        for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
+            shares = [distribute_tensor(x, mesh, [placement]) for x in (query, key, value)]
+            actual = functional.chunk_summary(*shares, **summaries)
+            halves = functional.window_attention(*shares, *actual, **windows)
+            whole = functional.eva_attention(*shares, **windows, projection=projection)
+            for out in (halves, whole):
+                assert out.placements == ((Replicate() if placement == Shard(2) else placement),)
+                torch.testing.assert_close(out.full_tensor(), expected)
     share = distribute_tensor(query[:, :3], mesh, [Shard(1)])
     with pytest.raises(ValueError, match="heads: expected a multiple of"):
         functional.eva_attention(share, share, share, window_size=4, chunk_size=2)

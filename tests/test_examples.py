@@ -160,7 +160,7 @@ def test_converts_a_trained_model(folder, data, tmp_path, capsys):
     convert.main(["digits", f"--checkpoint={tmp_path / 'softmax.pt'}", f"--data={folder}", *sizes, *files])
     printed = capsys.readouterr().out
     content = json.loads((tmp_path / "eva.json").read_text())
-    assert len(content["scores"]) == 6
+    assert len(content["scores"]) == 7
     for name, score in content["scores"].items():
         assert [*name.split(), f"{score:.4f}"] in [line.split() for line in printed.splitlines()]
     assert content["gaps"][0]["after"] < content["gaps"][0]["before"]

@@ -54,6 +54,21 @@ def test_fitting_narrows_the_gap(options):
     assert (model(unseen) - expected).norm() < (untrained(unseen) - expected).norm()
 
 
+def test_tangents_need_no_fitting():
+    """They have no parameters, and no use for counts."""
+    model, identity = encoder(), encoder()
+    parameters = dict(model.named_parameters())
+    report = convert(model, sequences(2), projection="tangent", **LOCAL)
+    assert dict(model.named_parameters()).keys() == parameters.keys()
+    assert report.curve == []
+    assert report.options["log_count_bias"] is False
+    start = convert(identity, sequences(2), projection="identity", **LOCAL)
+    for tangent, other in zip(report.layers, start.layers, strict=True):
+        assert tangent.after == tangent.before < other.before
+    with pytest.raises(ValueError, match="log_count_bias"):
+        convert(encoder(), sequences(1), projection="tangent", log_count_bias=True, **LOCAL)
+
+
 def test_the_gap_is_that_of_a_layer_on_the_originals_inputs():
     model = encoder()
     original = copy.deepcopy(model)

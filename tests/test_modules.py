@@ -27,6 +27,7 @@ CONFIGURATIONS = {
     "grid-default-chunk": {"window_size": 4, "num_landmarks": 5, "grid_size": (5, 6), "projection": "linear"},
     "grid-table": {**GRID, "relative_bias": "table", "overlap": (0, 1), "window_size": (2, 3)},
     "grid-prefix": {**GRID, "num_prefix_tokens": 2, "relative_bias": "table", "projection": "key-only"},
+    "sequence-tangent": {**SEQUENCE, "projection": "tangent", "exclude_window_landmarks": True},
     "grid-qk-norm": {**GRID, "qk_norm": nn.LayerNorm, "relative_bias": "table", "log_count_bias": True},
 }
 CAUSAL = {"window_size": 6, "chunk_size": 3}
@@ -37,6 +38,7 @@ CAUSAL_CONFIGURATIONS = {
     "causal-options": {**CAUSAL, "exclude_window_landmarks": True, "log_count_bias": True, "overlap": 6},
     "causal-qk-norm": {**CAUSAL, "qk_norm": nn.LayerNorm, "relative_bias": "table"},
     "causal-default": {},
+    "causal-tangent": {**CAUSAL, "projection": "tangent", "overlap": 2, "relative_bias": "table"},
 }
 Module = EVAttention | CausalEVAttention
 
@@ -251,6 +253,7 @@ def test_parameter_names() -> None:
         ("linear", [nn.Linear], [nn.Linear]),
         ("key-only", [nn.Linear, nn.LayerNorm], None),
         ("identity", None, None),
+        ("tangent", None, None),
     ],
 )
 def test_landmark_projection(kind: str, key: list[type] | None, query: list[type] | None) -> None:
@@ -320,6 +323,7 @@ def test_empty_batch_and_one_token() -> None:
         ({"chunk_overlap": -1}, ["chunk_overlap", "-1", "at least 0"]),
         ({"num_prefix_tokens": -1}, ["num_prefix_tokens", "-1", "at least 0"]),
         ({"projection": "none"}, ["projection", "'none'", "'identity'"]),
+        ({"projection": "tangent", "log_count_bias": True}, ["log_count_bias", "False", "'tangent'"]),
         ({"relative_bias": "rotary"}, ["relative_bias", "'rotary'", "'table'"]),
         ({"relative_bias": "t5", "grid_size": (4, 4)}, ["relative_bias", "'t5'", "(4, 4)", "'table'"]),
         ({"relative_bias": "t5", "window_size": (4, 4)}, ["relative_bias", "'t5'", "(4, 4)", "'table'"]),

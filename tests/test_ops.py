@@ -24,7 +24,7 @@ from op_cases import (
 )
 from torch import Tensor
 
-from eva_attn import LandmarkProjection, functional, reference
+from eva_attn import LandmarkProjection, estimators, functional, reference
 
 # Operator and oracle sum in different orders: some hundred roundings of 1e-16, which the division by the
 # deviation in the LayerNorm of a short mean, and its gradient, can enlarge some hundred times.
@@ -72,8 +72,8 @@ def test_random_summaries(device: str, case: Case, mean_divisor: int) -> None:
         options = op_cases.summary_options(given.options)
         landmarks = functions.chunk_summary(*given.qkv(), **options, mean_divisor=mean_divisor)
         results.append(
-            {"landmark_key": landmarks[0], "landmark_value": landmarks[1]}
-            | gradients(landmarks, tuple(given.landmarks.detach()), inputs)
+            dict(zip(("landmark_key", "landmark_value", "landmark_entropy"), landmarks, strict=False))
+            | gradients(landmarks, tuple(x.detach() for x in given.halves()), inputs)
         )
     assert_near(*results, ORACLE)
 
@@ -89,12 +89,12 @@ def test_random_windows(device: str, case: Case, landmarks: bool) -> None:
         options |= {"landmark_bias": None, "exclude_window_landmarks": False, "log_count_bias": False}
     inputs = {name: x for name, x in given.inputs.items() if name in ("qkv", "relative_bias")}
     inputs |= {"landmarks": given.landmarks}
+    if given.entropy is not None and landmarks:
+        inputs["landmark_entropy"] = given.entropy
     results = []
     for functions in (functional, reference):
         torch.manual_seed(case.seed)
-        output = functions.window_attention(
-            *given.qkv(), *(given.landmarks if landmarks else (None, None)), **options
-        )
+        output = functions.window_attention(*given.qkv(), *(given.halves() if landmarks else ()), **options)
         results.append({"output": output} | gradients(output, given.cotangent, inputs))
     assert_near(*results, ORACLE)
 
@@ -111,11 +111,13 @@ EXACT_LIMITS = {
 
 
 @on_devices
+@pytest.mark.parametrize("kind", ["identity", "tangent"])
 @pytest.mark.parametrize("padding", [0.0, 0.4])
 @pytest.mark.parametrize("name", EXACT_LIMITS)
-def test_exact_limits(name: str, padding: float, device: str) -> None:
+def test_exact_limits(name: str, padding: float, kind: str, device: str) -> None:
     """One window over all, or chunks of one token: softmax attention, and its gradients."""
-    case = replace(EXACT_LIMITS[name], exclude=True, log_count=True, head_dim=5, padding=padding)
+    case = replace(EXACT_LIMITS[name], exclude=True, head_dim=5, padding=padding)
+    case = replace(case, kind=kind, log_count=kind == "identity")
     given = op_cases.arguments(case, device)
     mask = given.options["key_padding_mask"]
     attended = torch.ones(2, 1, 1, 18, dtype=torch.bool, device=device)
@@ -128,6 +130,32 @@ def test_exact_limits(name: str, padding: float, device: str) -> None:
 
 
 @on_devices
+@pytest.mark.parametrize("exclude", [False, True])
+def test_tangents_are_those_of_the_estimators(exclude: bool, device: str) -> None:
+    """The same weights, evidence bound and joint softmax, by formulas that share no code with ours."""
+    case = Case(24, 6, 3, kind="tangent", exclude=exclude, scale=0.4)
+    given = op_cases.arguments(case, device)
+    query, key, value = (x.detach() for x in given.qkv())
+    position = torch.arange(24, device=device)
+    exact = position[:, None] // 6 == position // 6
+    member = position // 3 == torch.arange(8, device=device)[:, None]
+    reference_query = query.unflatten(2, (8, 3)).mean(3)
+    weights = estimators.tangent_weights(reference_query, key, member, scale=0.4)
+    bound = estimators.evidence_bound(query, key, weights, scale=0.4)
+    landmark_key, landmark_value, entropy = functional.chunk_summary(
+        query, key, value, **op_cases.summary_options(given.options)
+    )
+    near = {"rtol": 0.0, "atol": 1e-12}
+    torch.testing.assert_close(landmark_key, weights @ key, **near)
+    torch.testing.assert_close(landmark_value, weights @ value, **near)
+    torch.testing.assert_close(0.4 * query @ landmark_key.mT + entropy[:, :, None], bound, **near)
+    if exclude:
+        bound = bound.masked_fill(position[:, None] // 6 == torch.arange(8, device=device) // 2, -math.inf)
+    expected = estimators.eva(query, key, value, exact, weights, bound, scale=0.4)
+    torch.testing.assert_close(functional.eva_attention(query, key, value, **given.options), expected, **near)
+
+
+@on_devices
 def test_what_is_returned_beside_the_output(device: str) -> None:
     """Log-sum-exp of the joint logits and means of the chunks, in the accumulation type, without gradient."""
     case = replace(FIXED["one window"], bias="none")
@@ -135,7 +163,7 @@ def test_what_is_returned_beside_the_output(device: str) -> None:
     query, key, value = given.qkv()
     scores = (query @ key.mT * 8**-0.5).logsumexp(-1)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        output, logsumexp, landmark_key, landmark_value, key_mean, query_mean = (
+        output, logsumexp, landmark_key, landmark_value, key_mean, query_mean, entropy = (
             torch.ops.eva_attn.eva_attention(
                 *(x.to(dtype) for x in (query, key, value)),
                 grid_size=(1, 11),
@@ -148,6 +176,7 @@ def test_what_is_returned_beside_the_output(device: str) -> None:
         assert output.dtype == landmark_key.dtype == landmark_value.dtype == dtype
         assert logsumexp.dtype == key_mean.dtype == query_mean.dtype == accumulated
         assert logsumexp.shape == (2, 2, 11)
+        assert entropy.shape == (2, 2, 0)
         # The inputs are rounded to bfloat16, 2**-8, and their products are summed.
         bound = EXACT if dtype == torch.float64 else 0.05
         torch.testing.assert_close(logsumexp.double(), scores, rtol=0.0, atol=bound)
@@ -186,6 +215,7 @@ SMALL = {
 def test_gradcheck(name: str, kind: str, device: str) -> None:
     """Numerical derivatives, and no bit that differs between two runs."""
     case = replace(SMALL[name], kind=kind, batch=1, head_dim=3)
+    case = replace(case, log_count=case.log_count and kind != "tangent")
     given = op_cases.arguments(case, device)
     assert torch.autograd.gradcheck(
         lambda *_: attend(functional, case, given), tuple(given.inputs.values()), nondet_tol=0.0
@@ -193,22 +223,26 @@ def test_gradcheck(name: str, kind: str, device: str) -> None:
 
 
 @on_devices
+@pytest.mark.parametrize("kind", ["linear-layernorm", "tangent"])
 @pytest.mark.parametrize("name", SMALL)
-def test_gradcheck_of_the_halves(name: str, device: str) -> None:
-    case = replace(SMALL[name], kind="linear-layernorm", batch=1, head_dim=3)
+def test_gradcheck_of_the_halves(name: str, kind: str, device: str) -> None:
+    case = replace(SMALL[name], kind=kind, batch=1, head_dim=3)
+    case = replace(case, log_count=case.log_count and kind != "tangent")
     given = op_cases.arguments(case, device)
 
-    def summarise(*_: Tensor) -> tuple[Tensor, Tensor]:
+    def summarise(*_: Tensor) -> tuple[Tensor, ...]:
         return functional.chunk_summary(*given.qkv(), **op_cases.summary_options(given.options))
 
     def attend_to_window(*_: Tensor) -> Tensor:
         torch.manual_seed(0)
         options = op_cases.window_options(given.options)
-        return functional.window_attention(*given.qkv(), *given.landmarks, **options)
+        return functional.window_attention(*given.qkv(), *given.halves(), **options)
 
     inputs = [x for name, x in given.inputs.items() if name != "relative_bias"]
     assert torch.autograd.gradcheck(summarise, inputs, nondet_tol=0.0)
     inputs = [given.landmarks, *(x for name, x in given.inputs.items() if name in ("qkv", "relative_bias"))]
+    if given.entropy is not None:
+        inputs.append(given.entropy)
     assert torch.autograd.gradcheck(attend_to_window, inputs, nondet_tol=0.0)
 
 
@@ -391,6 +425,7 @@ PADDED = {
     "overlaps": Case(21, 6, 4, overlap=2, chunk_overlap=1, kind="linear", bias="per head", log_count=True),
     "options": Case(21, 6, 4, prefix=1, kind="key-only", bias="shared", exclude=True, noise=True),
     "packed": Case(21, 5, 3, packed=True, exclude=True, log_count=True, landmark_bias=True),
+    "tangent": Case(21, 6, 4, overlap=2, kind="tangent", noise=True, landmark_bias=True),
 }
 
 
@@ -501,7 +536,7 @@ def test_threads_and_repetition_change_no_bit(
 @pytest.mark.parametrize("sign", [1, -1])
 def test_large_scores_are_finite(sign: int, kind: str, device: str) -> None:
     """Scores of +-1e4 in float32."""
-    case = Case((7, 6), 3, 2, kind=kind, bias="per head", log_count=True, head_dim=16)
+    case = Case((7, 6), 3, 2, kind=kind, bias="per head", log_count=kind != "tangent", head_dim=16)
     given = op_cases.arguments(case, device, torch.float32)
     with torch.no_grad():
         qkv = given.inputs["qkv"]

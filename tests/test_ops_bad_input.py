@@ -10,7 +10,7 @@ import torch
 from op_cases import DEVICES
 from torch import Tensor
 
-from eva_attn import functional, reference
+from eva_attn import LandmarkProjection, functional, reference
 
 BATCH, HEADS, GRID, PREFIX, DIM = 2, 2, (3, 4), 1, 4
 TOKENS, CHUNKS = 13, 4
@@ -65,6 +65,26 @@ def dtype_names(dtype: torch.dtype) -> tuple[str, ...]:
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("functions", [functional, reference])
+def test_tangents_take_no_counts_and_no_weights(functions: ModuleType) -> None:
+    query, key, value = tensors = torch.randn(3, 1, 2, 6, 4).unbind()
+    sizes = {"window_size": 3, "chunk_size": 2}
+    tangent = LandmarkProjection(4, "tangent")
+    with pytest.raises(ValueError, match="log_count_bias"):
+        functions.eva_attention(query, key, value, **sizes, projection=tangent, log_count_bias=True)
+    landmarks = functions.chunk_summary(query, key, value, chunk_size=2, projection=tangent)
+    with pytest.raises(ValueError, match="log_count_bias"):
+        functions.window_attention(query, key, value, *landmarks, **sizes, log_count_bias=True)
+    with pytest.raises(ValueError, match="landmark_entropy needs landmark_key"):
+        functions.window_attention(query, key, value, landmark_entropy=landmarks[2], **sizes)
+    with pytest.raises(ValueError, match=r"landmark_entropy must have shape \[1, 2, 3\], got \[1, 2, 2\]"):
+        functions.window_attention(*tensors, *landmarks[:2], landmarks[2][..., 1:], **sizes)
+    with pytest.raises(ValueError, match="tangent needs a key_weight of None"):
+        torch.ops.eva_attn.chunk_summary(
+            *tensors, grid_size=(1, 6), chunk_size=(1, 2), key_weight=torch.eye(4), tangent=True
+        )
 
 
 # Argument, what is wrong, error, and what its message tells of the value: a tuple holds alternatives.

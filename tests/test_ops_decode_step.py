@@ -23,6 +23,8 @@ CASES = {
     "key-only": Case(33, 6, 2, overlap=1, kind="key-only", bias="shared", exclude=True, heads=3),
     "counts": Case(33, 6, 2, overlap=3, kind="linear", exclude=True, log_count=True, batch=1),
     "chunks of one": Case(17, 3, 1, log_count=True),
+    "tangent": Case(33, 6, 2, overlap=3, kind="tangent", bias="per head", exclude=True, scale=0.7),
+    "large tangent": Case(300, 64, 32, kind="tangent", head_dim=64),
     "large": Case(
         300, 64, 32, overlap=16, kind="linear-layernorm", bias="per head", head_dim=64, log_count=True
     ),
@@ -44,6 +46,7 @@ def problem(
         window_size=case.window,
         chunk_size=case.chunk,
         overlap=case.overlap,
+        tangent=case.kind == "tangent",
         device=torch.device(device),
         dtype=dtype,
     )
@@ -138,7 +141,7 @@ def test_head_dims(head_dim: int, device: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_dtypes(kind: str, dtype: torch.dtype, device: str) -> None:
     """Within two roundings to the dtype, of landmarks and of the output."""
-    case = replace(CASES["large"], kind=kind)
+    case = replace(CASES["large"], kind=kind, log_count=kind != "tangent")
     tolerance = max(4 * torch.finfo(dtype).eps, 1e-5)  # float32: sums of some hundred numbers
     assert_near(decoded(case, device, dtype), expected(case, device, dtype), tolerance)
 
@@ -207,7 +210,7 @@ def test_nothing_to_do(device: str) -> None:
 
 @on_devices
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["plain", "projection", "key-only", "counts"])
+@pytest.mark.parametrize("name", ["plain", "projection", "key-only", "counts", "tangent"])
 def test_opcheck(name: str, dtype: torch.dtype, device: str) -> None:
     tokens, state, options = problem(CASES[name], device, dtype)
     options["num_tokens"] = torch.full((CASES[name].batch,), 7, device=device)
@@ -285,6 +288,8 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float64, device: str = "cpu") 
         ("query_sum", zeros(2, 2, 8, dtype=torch.float32), TypeError, ["Double", "Float"]),
         ("head_position", zeros(2, dtype=torch.int64), ValueError, ["[2]"]),
         ("head_position", zeros(2, 2, dtype=torch.int32), TypeError, ["Int"]),
+        ("landmark_entropy", zeros(2, 2, 8), ValueError, ["2, 2, 8", "2, 2, 9"]),
+        ("landmark_entropy", zeros(2, 2, 9, dtype=torch.float32), TypeError, ["Double", "Float"]),
         ("num_tokens", zeros(3, dtype=torch.int64), ValueError, ["[3]"]),
         ("num_tokens", zeros(2, dtype=torch.int32), TypeError, ["Int"]),
         ("window_size", 0, ValueError, ["0"]),

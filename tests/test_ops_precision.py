@@ -65,6 +65,7 @@ CASES = {
         exclude=True,
         log_count=True,
     ),
+    "tangent": Case(200, 16, 8, kind="tangent", bias="per head", exclude=True, head_dim=64),
     "grid-options": Case((11, 13), 4, 3, overlap=1, exclude=True, log_count=True, head_dim=48, noise=True),
 }
 

@@ -26,6 +26,7 @@ CASES = {
     "grid": Case((4, 5), 2, (2, 3), overlap=1, kind="linear", bias="shared", log_count=True, dropout_p=0.2),
     "key-only": Case(9, 4, 2, kind="key-only"),
     "plain": Case(8, 4, 2),
+    "tangent": Case(13, 4, 3, kind="tangent", noise=True, padding=0.3, exclude=True),
 }  # fmt: skip
 OPS = ["eva_attention", "eva_attention_qkvpacked", "chunk_summary", "window_attention"]
 
@@ -58,9 +59,9 @@ def call_of(op: str, case: Case, given: op_cases.Arguments) -> tuple[Callable[[]
         inputs.pop("relative_bias", None)
         return lambda: functional.chunk_summary(query, key, value, **options), inputs
     options = op_cases.window_options(given.options)
-    landmarks = [x.detach().requires_grad_() for x in given.landmarks]
+    landmarks = [x.detach().requires_grad_() for x in given.halves()]
     inputs = {name: x for name, x in inputs.items() if name in ("query", "key", "value", "relative_bias")}
-    inputs |= dict(zip(("landmark_key", "landmark_value"), landmarks, strict=True))
+    inputs |= dict(zip(("landmark_key", "landmark_value", "landmark_entropy"), landmarks, strict=False))
     return lambda: functional.window_attention(query, key, value, *landmarks, **options), inputs
 
 

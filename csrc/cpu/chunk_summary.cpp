@@ -3,18 +3,20 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #include "ops/chunk_summary.h"
 
 namespace eva_attn::cpu {
 
-Summary::Summary(const Call& call, const Geometry& geometry, const Tensor& key_mean, const Tensor& query_mean)
+Summary::Summary(const Call& call, const Geometry& geometry, const Tensor& key_mean, const Tensor& query_mean,
+                 const Tensor& landmark_entropy)
     : kernels_(kernels_for(call.query.scalar_type())),
       key_projection_(projection_tensors(call.summary.key, key_mean.scalar_type())),
       query_projection_(projection_tensors(call.summary.query, key_mean.scalar_type())),
       mask_(contiguous(call.key_padding_mask, at::kBool)),
       noise_(contiguous(call.summary.noise, key_mean.scalar_type())), key_mean_(key_mean.contiguous()),
-      query_mean_(query_mean.contiguous()),
+      query_mean_(query_mean.contiguous()), landmark_entropy_(landmark_entropy.contiguous()),
       params_{
           .shape = shape_of(call, geometry),
           .first_head = 0,
@@ -27,16 +29,19 @@ Summary::Summary(const Call& call, const Geometry& geometry, const Tensor& key_m
           .query_projection = projection(query_projection_),
           .has_projection = call.summary.key.weight.has_value(),
           .has_query_projection = call.summary.query.weight.has_value(),
+          .tangent = call.summary.tangent,
           .scale = scale_of(call),
-          .mu_scale = geometry.is_causal ? 1 : 0.5,
+          .mu_scale = call.summary.tangent || geometry.is_causal ? 1 : 0.5,
           .norm_eps = call.summary.norm_eps,
           .mean_divisor = call.summary.mean_divisor.guard_int(__FILE__, __LINE__),
           .landmark_key = nullptr,
           .landmark_value = nullptr,
           .key_mean = data(key_mean_),
           .query_mean = data(query_mean_),
+          .landmark_entropy = data(landmark_entropy_),
           .grad_landmark_key = nullptr,
           .grad_landmark_value = nullptr,
+          .grad_landmark_entropy = nullptr,
           .pieces = 0,
           .piece_stride = 0,
           .head_piece_stride = 0,
@@ -54,11 +59,13 @@ Stage Summary::forward(const Tensor& landmark_key, const Tensor& landmark_value)
     params_.landmark_key = data(landmark_key);
     params_.landmark_value = data(landmark_value);
     if (params_.has_projection && !params_.has_query_projection)
-        query_mean_.zero_(); // the kernel has no use for it
+        query_mean_.zero_();                // the kernel has no use for it
+    if (params_.tangent) key_mean_.zero_(); // likewise
     return stage(kernels_.chunk_summary_fwd, params_, tasks_per_head(), kernels_.summary_scratch(params_));
 }
 
-Stage Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landmark_value) {
+Stage Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landmark_value,
+                        const Tensor& grad_landmark_entropy) {
     const Shape& shape = params_.shape;
     const int64_t heads = grad_landmark_key.size(0), num_rows = heads * shape.geometry.num_chunks();
     const int64_t width = padded(shape.head_dim);
@@ -77,6 +84,7 @@ Stage Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_land
 
     params_.grad_landmark_key = data(grad_landmark_key);
     params_.grad_landmark_value = data(grad_landmark_value);
+    if (params_.tangent) params_.grad_landmark_entropy = data(grad_landmark_entropy);
     params_.pieces = grad_landmark_key.size(1);
     params_.piece_stride = grad_landmark_key.size(2) * width;
     params_.head_piece_stride = params_.pieces * params_.piece_stride;
@@ -98,6 +106,7 @@ Stage Summary::add_to_tokens(const Tensor& grad_query, const Tensor& grad_key, c
         .first_head = params_.first_head,
         .key = params_.key,
         .key_padding_mask = params_.key_padding_mask,
+        .tangent = params_.tangent,
         .omega = params_.omega,
         .grad_beta = params_.grad_beta,
         .grad_key_mean = params_.grad_key_mean,
@@ -157,20 +166,20 @@ void Summary::weight_gradients(const Tensors<8>& grad_weights) const {
 
 namespace {
 
-void forward(const Call& call, const Tensors<4>& outputs) {
-    const auto& [landmark_key, landmark_value, key_mean, query_mean] = outputs;
-    Summary summary(call, concrete(call.geometry), key_mean, query_mean);
+void forward(const Call& call, const Tensors<5>& outputs) {
+    const auto& [landmark_key, landmark_value, key_mean, query_mean, landmark_entropy] = outputs;
+    Summary summary(call, concrete(call.geometry), key_mean, query_mean, landmark_entropy);
     run({summary.forward(landmark_key, landmark_value)}, call.query.size(0) * call.query.size(1));
 }
 
 void backward(const Call& call, const OptionalTensor& grad_landmark_key,
-              const OptionalTensor& grad_landmark_value, const Tensors<4>& outputs,
-              const Tensors<11>& gradients) {
-    const auto& [landmark_key, landmark_value, key_mean, query_mean] = outputs;
+              const OptionalTensor& grad_landmark_value, const OptionalTensor& grad_landmark_entropy,
+              const Tensors<5>& outputs, const Tensors<11>& gradients) {
+    const auto& [landmark_key, landmark_value, key_mean, query_mean, landmark_entropy] = outputs;
     const auto& [grad_query, grad_key, grad_value, w0, w1, w2, w3, w4, w5, w6, w7] = gradients;
     const Geometry geometry = concrete(call.geometry);
     const int64_t heads = call.query.size(0) * call.query.size(1), head_dim = call.query.size(3);
-    Summary summary(call, geometry, key_mean, query_mean);
+    Summary summary(call, geometry, key_mean, query_mean, landmark_entropy);
 
     const auto incoming = [&](const OptionalTensor& gradient) {
         const Tensor result =
@@ -180,8 +189,10 @@ void backward(const Call& call, const OptionalTensor& grad_landmark_key,
     };
     const Tensor landmark_key_terms = incoming(grad_landmark_key);
     const Tensor landmark_value_terms = incoming(grad_landmark_value);
+    const Tensor entropy_terms =
+        grad_landmark_entropy ? grad_landmark_entropy->contiguous() : at::zeros_like(landmark_entropy);
     for (const Tensor& gradient : {grad_query, grad_key, grad_value}) gradient.zero_();
-    run({summary.backward(landmark_key_terms, landmark_value_terms),
+    run({summary.backward(landmark_key_terms, landmark_value_terms, entropy_terms),
          summary.add_to_tokens(grad_query, grad_key, grad_value)},
         heads);
     summary.add_to_weights(heads);

@@ -7,11 +7,14 @@ namespace eva_attn::cpu {
 // A summary's params and the tensors that they point into.
 class Summary {
   public:
-    Summary(const Call& call, const Geometry& geometry, const Tensor& key_mean, const Tensor& query_mean);
+    Summary(const Call& call, const Geometry& geometry, const Tensor& key_mean, const Tensor& query_mean,
+            const Tensor& landmark_entropy);
 
     Stage forward(const Tensor& landmark_key, const Tensor& landmark_value);
-    // Landmark gradients [heads, pieces, at least C, padded D], of `heads` of all B H at once.
-    Stage backward(const Tensor& grad_landmark_key, const Tensor& grad_landmark_value);
+    // Landmark gradients [heads, pieces, at least C, padded D], of `heads` of all B H at once, and those of
+    // tangents' entropies [heads, pieces, C].
+    Stage backward(const Tensor& grad_landmark_key, const Tensor& grad_landmark_value,
+                   const Tensor& grad_landmark_entropy);
     // After it: adds what the tokens' gradients get from their chunks'.
     Stage add_to_tokens(const Tensor& grad_query, const Tensor& grad_key, const Tensor& grad_value);
     void start_at(int64_t first_head) { params_.first_head = terms_.first_head = first_head; }
@@ -28,7 +31,7 @@ class Summary {
 
     const Kernels& kernels_;
     ProjectionTensors key_projection_, query_projection_;
-    Tensor mask_, noise_, key_mean_, query_mean_;
+    Tensor mask_, noise_, key_mean_, query_mean_, landmark_entropy_;
     Tensor omega_, grad_beta_, grad_key_mean_, grad_query_mean_, member_terms_;
     Tensor grad_key_linear_, grad_query_linear_, grad_vectors_;
     Tensor grad_key_weight_, grad_query_weight_, grad_vectors_sum_;

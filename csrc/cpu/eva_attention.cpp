@@ -8,28 +8,33 @@
 namespace eva_attn::cpu {
 namespace {
 
-void forward(const Call& call, const Tensors<6>& outputs) {
-    const auto& [output, logsumexp, landmark_key, landmark_value, key_mean, query_mean] = outputs;
+void forward(const Call& call, const Tensors<7>& outputs) {
+    const auto& [output, logsumexp, landmark_key, landmark_value, key_mean, query_mean, landmark_entropy] =
+        outputs;
     const Geometry geometry = concrete(call.geometry);
-    Summary summary(call, geometry, key_mean, query_mean);
-    const Attention attention(call, geometry, landmark_key, landmark_value, output, logsumexp);
+    Summary summary(call, geometry, key_mean, query_mean, landmark_entropy);
+    const OptionalTensor entropy = call.summary.tangent ? OptionalTensor(landmark_entropy) : std::nullopt;
+    const Attention attention(call, geometry, landmark_key, landmark_value, entropy, output, logsumexp);
     std::vector<Stage> stages{summary.forward(landmark_key, landmark_value)};
     attention.forward(stages);
     run(stages, call.query.size(0) * call.query.size(1));
 }
 
-void backward(const Call& call, const Tensor& grad_output, const Tensors<6>& outputs,
+void backward(const Call& call, const Tensor& grad_output, const Tensors<7>& outputs,
               const Tensors<12>& gradients) {
-    const auto& [output, logsumexp, landmark_key, landmark_value, key_mean, query_mean] = outputs;
+    const auto& [output, logsumexp, landmark_key, landmark_value, key_mean, query_mean, landmark_entropy] =
+        outputs;
     const auto& [grad_query, grad_key, grad_value, w0, w1, w2, w3, w4, w5, w6, w7, grad_relative_bias] =
         gradients;
     const Geometry geometry = concrete(call.geometry);
-    Attention attention(call, geometry, landmark_key, landmark_value, output, logsumexp);
-    Summary summary(call, geometry, key_mean, query_mean);
+    const OptionalTensor entropy = call.summary.tangent ? OptionalTensor(landmark_entropy) : std::nullopt;
+    Attention attention(call, geometry, landmark_key, landmark_value, entropy, output, logsumexp);
+    Summary summary(call, geometry, key_mean, query_mean, landmark_entropy);
     std::vector<Stage> stages;
     const int64_t heads = call.query.size(0) * call.query.size(1), at_once = heads_at_once(heads);
     attention.backward(stages, grad_output, grad_query, grad_key, grad_value, at_once);
-    stages.push_back(summary.backward(attention.grad_global_key(), attention.grad_global_value()));
+    stages.push_back(summary.backward(attention.grad_global_key(), attention.grad_global_value(),
+                                      attention.grad_landmark_entropy()));
     stages.push_back(summary.add_to_tokens(grad_query, grad_key, grad_value));
     for (int64_t first = 0; first < heads; first += at_once) {
         const int64_t count = std::min(at_once, heads - first);

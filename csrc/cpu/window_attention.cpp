@@ -20,11 +20,13 @@ int64_t count_pieces(const Shape& shape) {
 } // namespace
 
 Attention::Attention(const Call& call, const Geometry& geometry, const OptionalTensor& landmark_key,
-                     const OptionalTensor& landmark_value, const Tensor& output, const Tensor& logsumexp)
+                     const OptionalTensor& landmark_value, const OptionalTensor& landmark_entropy,
+                     const Tensor& output, const Tensor& logsumexp)
     : kernels_(kernels_for(call.query.scalar_type())),
       landmark_key_(contiguous(landmark_key, call.query.scalar_type())),
       landmark_value_(contiguous(landmark_value, call.query.scalar_type())),
       landmark_bias_(contiguous(call.attention.landmark_bias, logsumexp.scalar_type())),
+      landmark_entropy_(contiguous(landmark_entropy, logsumexp.scalar_type())),
       relative_bias_(contiguous(call.attention.relative_bias, logsumexp.scalar_type())),
       mask_(contiguous(call.key_padding_mask, at::kBool)), output_(output),
       logsumexp_(logsumexp.contiguous()) {
@@ -44,6 +46,7 @@ Attention::Attention(const Call& call, const Geometry& geometry, const OptionalT
         .landmark_key = landmark_key ? rows(landmark_key_) : Rows{},
         .landmark_value = landmark_key ? rows(landmark_value_) : Rows{},
         .landmark_bias = data(landmark_bias_),
+        .landmark_entropy = data(landmark_entropy_),
         .extents = static_cast<const int32_t*>(data(extents_)),
         .extents_batch_stride = mask_.defined() ? 4 * geometry.num_chunks() : 0,
         .relative_bias = data(relative_bias_),
@@ -61,6 +64,7 @@ Attention::Attention(const Call& call, const Geometry& geometry, const OptionalT
         .grad_value = {},
         .grad_global_key = nullptr,
         .grad_global_value = nullptr,
+        .grad_landmark_entropy = nullptr,
         .grad_relative_bias = nullptr,
     };
 }
@@ -81,6 +85,8 @@ void Attention::backward(std::vector<Stage>& stages, const Tensor& grad_output, 
     const int64_t globals = params_.num_landmarks + geometry.num_prefix_tokens;
     grad_global_key_ = at::empty({heads, params_.pieces, globals, padded(shape.head_dim)}, options);
     grad_global_value_ = at::empty_like(grad_global_key_);
+    if (landmark_entropy_.defined())
+        grad_landmark_entropy_ = at::empty({heads, params_.pieces, params_.num_landmarks}, options);
     if (relative_bias_.defined())
         bias_terms_ = at::empty(
             {shape.batch, shape.heads, params_.pieces, geometry.bias_height, geometry.bias_width}, options);
@@ -91,6 +97,7 @@ void Attention::backward(std::vector<Stage>& stages, const Tensor& grad_output, 
     params_.grad_value = rows(grad_value);
     params_.grad_global_key = data(grad_global_key_);
     params_.grad_global_value = data(grad_global_value_);
+    params_.grad_landmark_entropy = data(grad_landmark_entropy_);
     params_.grad_relative_bias = data(bias_terms_);
     stages.push_back(stage(kernels_.window_attention_bwd, params_, params_.pieces,
                            kernels_.attention_scratch(params_, true)));
@@ -110,20 +117,21 @@ namespace {
 
 void forward(const Call& call, const Tensors<2>& outputs) {
     const auto& [output, logsumexp] = outputs;
-    const Attention attention(call, concrete(call.geometry), call.landmark_key, call.landmark_value, output,
-                              logsumexp);
+    const Attention attention(call, concrete(call.geometry), call.landmark_key, call.landmark_value,
+                              call.attention.landmark_entropy, output, logsumexp);
     std::vector<Stage> stages;
     attention.forward(stages);
     run(stages, call.query.size(0) * call.query.size(1));
 }
 
 void backward(const Call& call, const Tensor& grad_output, const Tensors<2>& outputs,
-              const Tensors<6>& gradients) {
+              const Tensors<7>& gradients) {
     const auto& [output, logsumexp] = outputs;
-    const auto& [grad_query, grad_key, grad_value, grad_landmark_key, grad_landmark_value,
-                 grad_relative_bias] = gradients;
+    const auto& [grad_query, grad_key, grad_value, grad_landmark_key, grad_landmark_value, grad_relative_bias,
+                 grad_landmark_entropy] = gradients;
     const Geometry geometry = concrete(call.geometry);
-    Attention attention(call, geometry, call.landmark_key, call.landmark_value, output, logsumexp);
+    Attention attention(call, geometry, call.landmark_key, call.landmark_value,
+                        call.attention.landmark_entropy, output, logsumexp);
     std::vector<Stage> stages;
     const int64_t heads = call.query.size(0) * call.query.size(1);
     attention.backward(stages, grad_output, grad_query, grad_key, grad_value, heads);
@@ -138,6 +146,9 @@ void backward(const Call& call, const Tensor& grad_output, const Tensors<2>& out
     };
     sum_pieces(attention.grad_global_key(), grad_landmark_key);
     sum_pieces(attention.grad_global_value(), grad_landmark_value);
+    if (call.attention.landmark_entropy)
+        grad_landmark_entropy.copy_(sum_in_order(attention.grad_landmark_entropy().transpose(0, 1))
+                                        .reshape(grad_landmark_entropy.sizes()));
 }
 
 } // namespace

@@ -2,18 +2,20 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #include "ops/chunk_summary.h"
 
 namespace eva_attn::cuda {
 
-Summary::Summary(const Call& call, const Geometry& geometry, const Tensor& key_mean, const Tensor& query_mean)
+Summary::Summary(const Call& call, const Geometry& geometry, const Tensor& key_mean, const Tensor& query_mean,
+                 const Tensor& landmark_entropy)
     : dtype_(kernel_dtype(call.query.scalar_type())), row_dtype_(call.query.scalar_type()),
       key_projection_(projection_tensors(call.summary.key, key_mean.scalar_type())),
       query_projection_(projection_tensors(call.summary.query, key_mean.scalar_type())),
       mask_(contiguous(call.key_padding_mask, at::kBool)),
       noise_(contiguous(call.summary.noise, key_mean.scalar_type())), key_mean_(key_mean.contiguous()),
-      query_mean_(query_mean.contiguous()),
+      query_mean_(query_mean.contiguous()), landmark_entropy_(landmark_entropy.contiguous()),
       params_{
           .shape = checked_shape(call, geometry),
           .query = rows(call.query),
@@ -25,12 +27,14 @@ Summary::Summary(const Call& call, const Geometry& geometry, const Tensor& key_m
           .query_projection = projection(query_projection_),
           .has_projection = call.summary.key.weight.has_value(),
           .has_query_projection = call.summary.query.weight.has_value(),
+          .tangent = call.summary.tangent,
           .scale = scale_of(call),
-          .mu_scale = geometry.is_causal ? 1 : 0.5,
+          .mu_scale = call.summary.tangent || geometry.is_causal ? 1 : 0.5,
           .norm_eps = call.summary.norm_eps,
           .mean_divisor = call.summary.mean_divisor.guard_int(__FILE__, __LINE__),
           .key_mean = data(key_mean_),
           .query_mean = data(query_mean_),
+          .landmark_entropy = data(landmark_entropy_),
       } {}
 
 void Summary::forward(const Tensor& landmark_key, const Tensor& landmark_value, cudaStream_t stream) {
@@ -40,7 +44,8 @@ void Summary::forward(const Tensor& landmark_key, const Tensor& landmark_value, 
 }
 
 void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landmark_value,
-                       const Tensors<8>& grad_weights, cudaStream_t stream) {
+                       const Tensor& grad_landmark_entropy, const Tensors<8>& grad_weights,
+                       cudaStream_t stream) {
     const Shape& shape = params_.shape;
     const Geometry& geometry = shape.geometry;
     const auto options = key_mean_.options();
@@ -51,6 +56,11 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
     rounded_terms_ = backward.on_tensor_cores;
     for (Tensor* term : {&omega_, &grad_beta_, &grad_key_mean_, &grad_query_mean_})
         *term = at::empty(per_chunk, rounded_terms_ ? options.dtype(row_dtype_) : options);
+    if (params_.tangent) {
+        grad_entropy_ = empty({heads, num_chunks});
+        params_.grad_entropy = data(grad_entropy_);
+        params_.grad_landmark_entropy = data(grad_landmark_entropy);
+    }
     const bool half = dtype_ == DType::kBFloat16 || dtype_ == DType::kHalf;
     chunk_stats_ = at::empty({heads, num_chunks, 2}, options.dtype(half ? at::kFloat : at::kDouble));
     if (geometry.chunk_overlap_y == 0 && geometry.chunk_overlap_x == 0) {
@@ -101,12 +111,18 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
                              stream);
 }
 
-ChunkTerms Summary::chunk_terms() const {
+ChunkTerms Summary::chunk_terms(bool for_tensor_cores) {
+    if (for_tensor_cores && !rounded_terms_) { // one half of the backward pass is on them, the other is not
+        for (Tensor* term : {&omega_, &grad_beta_, &grad_key_mean_, &grad_query_mean_})
+            *term = term->to(row_dtype_);
+        rounded_terms_ = true;
+    }
     return {.rounded = rounded_terms_,
-            .omega = params_.omega,
-            .grad_beta = params_.grad_beta,
-            .grad_key_mean = params_.grad_key_mean,
-            .grad_query_mean = params_.grad_query_mean,
+            .omega = data(omega_),
+            .grad_beta = data(grad_beta_),
+            .grad_key_mean = data(grad_key_mean_),
+            .grad_query_mean = data(grad_query_mean_),
+            .grad_entropy = params_.grad_entropy,
             .chunk_stats = params_.chunk_stats,
             .token_weight = params_.token_weight,
             .token_grad = params_.token_grad};
@@ -114,21 +130,21 @@ ChunkTerms Summary::chunk_terms() const {
 
 namespace {
 
-void forward(const Call& call, const Tensors<4>& outputs) {
-    const auto& [landmark_key, landmark_value, key_mean, query_mean] = outputs;
+void forward(const Call& call, const Tensors<5>& outputs) {
+    const auto& [landmark_key, landmark_value, key_mean, query_mean, landmark_entropy] = outputs;
     run(ChunkSummary::kName, call, [&](cudaStream_t stream) {
-        Summary(call, concrete(call.geometry), key_mean, query_mean)
+        Summary(call, concrete(call.geometry), key_mean, query_mean, landmark_entropy)
             .forward(landmark_key, landmark_value, stream);
     });
 }
 
 void backward(const Call& call, const OptionalTensor& grad_landmark_key,
-              const OptionalTensor& grad_landmark_value, const Tensors<4>& outputs,
-              const Tensors<11>& gradients) {
-    const auto& [landmark_key, landmark_value, key_mean, query_mean] = outputs;
+              const OptionalTensor& grad_landmark_value, const OptionalTensor& grad_landmark_entropy,
+              const Tensors<5>& outputs, const Tensors<11>& gradients) {
+    const auto& [landmark_key, landmark_value, key_mean, query_mean, landmark_entropy] = outputs;
     const auto& [grad_query, grad_key, grad_value, w0, w1, w2, w3, w4, w5, w6, w7] = gradients;
     run(ChunkSummary::kBackwardName, call, [&](cudaStream_t stream) {
-        Summary summary(call, concrete(call.geometry), key_mean, query_mean);
+        Summary summary(call, concrete(call.geometry), key_mean, query_mean, landmark_entropy);
         const SummaryParams& params = summary.params();
         const Shape& shape = params.shape;
         const auto incoming = [&](const OptionalTensor& gradient) {
@@ -139,7 +155,10 @@ void backward(const Call& call, const OptionalTensor& grad_landmark_key,
         };
         const Tensor landmark_key_terms = incoming(grad_landmark_key);
         const Tensor landmark_value_terms = incoming(grad_landmark_value);
-        summary.backward(landmark_key_terms, landmark_value_terms, {w0, w1, w2, w3, w4, w5, w6, w7}, stream);
+        const Tensor entropy_terms =
+            grad_landmark_entropy ? grad_landmark_entropy->contiguous() : at::zeros_like(landmark_entropy);
+        summary.backward(landmark_key_terms, landmark_value_terms, entropy_terms,
+                         {w0, w1, w2, w3, w4, w5, w6, w7}, stream);
         simt::chunk_terms(kernel_dtype(call.query.scalar_type()),
                           TermsParams{
                               .shape = shape,
@@ -147,7 +166,7 @@ void backward(const Call& call, const OptionalTensor& grad_landmark_key,
                               .value = params.value,
                               .key_padding_mask = params.key_padding_mask,
                               .scale = params.scale,
-                              .chunk_terms = summary.chunk_terms(),
+                              .chunk_terms = summary.chunk_terms(/*for_tensor_cores=*/false),
                               .grad_query = rows(grad_query),
                               .grad_key = rows(grad_key),
                               .grad_value = rows(grad_value),

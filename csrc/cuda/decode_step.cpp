@@ -55,6 +55,7 @@ void forward(const DecodeCall& decode, const Tensor& output) {
         .relative_bias = data(bias),
         .relative_bias_head_stride = bias.defined() && bias.size(0) > 1 ? bias.stride(0) : 0,
         .landmark_bias = log_count_bias ? std::log(static_cast<double>(chunk_size)) : 0,
+        .landmark_entropy = state.landmark_entropy ? data(*state.landmark_entropy) : nullptr,
         .exclude_window_landmarks = call.attention.exclude_window_landmarks,
         .output = rows(output),
     };

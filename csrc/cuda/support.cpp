@@ -47,12 +47,12 @@ AttentionBackward backward_for(DType dtype, const AttentionParams& params) {
                 .run = mma::window_attention_bwd,
                 .global_pieces = mma::global_pieces,
                 .bias_pieces = mma::bias_pieces,
-                .prefix_pieces = mma::prefix_pieces};
+                .on_tensor_cores = true};
     return {.run_global = simt::window_attention_bwd_global,
             .run = simt::window_attention_bwd,
             .global_pieces = simt::global_pieces,
             .bias_pieces = simt::bias_pieces,
-            .prefix_pieces = nullptr};
+            .on_tensor_cores = false};
 }
 
 void check_head_dim(const Tensor& query) {

@@ -22,7 +22,7 @@ struct AttentionBackward {
     decltype(&simt::window_attention_bwd) run;
     decltype(&simt::global_pieces) global_pieces;
     decltype(&simt::bias_pieces) bias_pieces;
-    decltype(&mma::prefix_pieces) prefix_pieces; // null: none
+    bool on_tensor_cores;
 };
 SummaryForward forward_for(DType dtype, const SummaryParams& params);
 AttentionForward forward_for(DType dtype, const AttentionParams& params);

@@ -7,17 +7,19 @@
 
 namespace eva_attn::cuda {
 Attention::Attention(const Call& call, const Geometry& geometry, const OptionalTensor& landmark_key,
-                     const OptionalTensor& landmark_value, const Tensor& output, const Tensor& logsumexp,
-                     cudaStream_t stream)
+                     const OptionalTensor& landmark_value, const OptionalTensor& landmark_entropy,
+                     const Tensor& output, const Tensor& logsumexp, cudaStream_t stream)
     : dtype_(kernel_dtype(call.query.scalar_type())), stream_(stream),
       landmark_key_(contiguous(landmark_key, call.query.scalar_type())),
       landmark_value_(contiguous(landmark_value, call.query.scalar_type())),
       landmark_bias_(contiguous(call.attention.landmark_bias, logsumexp.scalar_type())),
+      landmark_entropy_(contiguous(landmark_entropy, logsumexp.scalar_type())),
       relative_bias_(contiguous(call.attention.relative_bias, logsumexp.scalar_type())),
       mask_(contiguous(call.key_padding_mask, at::kBool)), output_(output),
       logsumexp_(logsumexp.contiguous()) {
     const Shape shape = checked_shape(call, geometry);
-    const auto& [relative_bias, landmark_bias, dropout_seed, dropout_p, exclude] = call.attention;
+    const OptionalTensor& dropout_seed = call.attention.dropout_seed;
+    const bool exclude = call.attention.exclude_window_landmarks;
     if (landmark_key && (mask_.defined() || exclude)) {
         const int64_t batch = mask_.defined() ? shape.batch : 1;
         extents_ = at::empty({batch, geometry.num_chunks(), 4}, logsumexp.options().dtype(at::kInt));
@@ -33,6 +35,7 @@ Attention::Attention(const Call& call, const Geometry& geometry, const OptionalT
         .landmark_key = data(landmark_key_),
         .landmark_value = data(landmark_value_),
         .landmark_bias = data(landmark_bias_),
+        .landmark_entropy = data(landmark_entropy_),
         .extents = static_cast<const int32_t*>(data(extents_)),
         .extents_batch_stride = mask_.defined() ? 4 * geometry.num_chunks() : 0,
         .relative_bias = data(relative_bias_),
@@ -62,6 +65,10 @@ void Attention::backward_global(const Tensor& grad_output) {
     params_.delta = data(delta_);
     params_.grad_global_key = data(grad_global_key_);
     params_.grad_global_value = data(grad_global_value_);
+    if (landmark_entropy_.defined()) {
+        grad_landmark_entropy_ = at::empty({sizes[0], sizes[1], params_.num_landmarks}, logsumexp_.options());
+        params_.grad_landmark_entropy = data(grad_landmark_entropy_);
+    }
     backward_.run_global(dtype_, params_, stream_);
 }
 
@@ -83,8 +90,8 @@ void Attention::backward_tokens(const ChunkTerms& chunk_terms, const Tensor& gra
         params_.grad_relative_bias = data(bias_terms);
     }
     Tensor prefix_terms;
-    if (geometry.num_prefix_tokens > 0 && backward_.prefix_pieces) {
-        params_.prefix_pieces = backward_.prefix_pieces(dtype_, params_);
+    if (geometry.num_prefix_tokens > 0 && backward_.on_tensor_cores) {
+        params_.prefix_pieces = mma::prefix_pieces(dtype_, params_);
         prefix_terms = at::empty(
             {shape.batch * shape.heads, params_.prefix_pieces, geometry.num_prefix_tokens, shape.head_dim},
             logsumexp_.options());
@@ -105,20 +112,20 @@ namespace {
 void forward(const Call& call, const Tensors<2>& outputs) {
     const auto& [output, logsumexp] = outputs;
     run(WindowAttention::kName, call, [&](cudaStream_t stream) {
-        Attention(call, concrete(call.geometry), call.landmark_key, call.landmark_value, output, logsumexp,
-                  stream)
+        Attention(call, concrete(call.geometry), call.landmark_key, call.landmark_value,
+                  call.attention.landmark_entropy, output, logsumexp, stream)
             .forward();
     });
 }
 
 void backward(const Call& call, const Tensor& grad_output, const Tensors<2>& outputs,
-              const Tensors<6>& gradients) {
+              const Tensors<7>& gradients) {
     const auto& [output, logsumexp] = outputs;
-    const auto& [grad_query, grad_key, grad_value, grad_landmark_key, grad_landmark_value,
-                 grad_relative_bias] = gradients;
+    const auto& [grad_query, grad_key, grad_value, grad_landmark_key, grad_landmark_value, grad_relative_bias,
+                 grad_landmark_entropy] = gradients;
     run(WindowAttention::kBackwardName, call, [&](cudaStream_t stream) {
-        Attention attention(call, concrete(call.geometry), call.landmark_key, call.landmark_value, output,
-                            logsumexp, stream);
+        Attention attention(call, concrete(call.geometry), call.landmark_key, call.landmark_value,
+                            call.attention.landmark_entropy, output, logsumexp, stream);
         attention.backward_global(grad_output);
         attention.backward_tokens(ChunkTerms{}, grad_query, grad_key, grad_value, grad_relative_bias);
         if (!call.landmark_key) return;
@@ -128,6 +135,8 @@ void backward(const Call& call, const Tensor& grad_output, const Tensors<2>& out
         };
         sum_pieces(attention.grad_global_key(), grad_landmark_key);
         sum_pieces(attention.grad_global_value(), grad_landmark_value);
+        if (call.attention.landmark_entropy)
+            sum_into(grad_landmark_entropy.flatten(0, 1), attention.grad_landmark_entropy(), {1});
     });
 }
 

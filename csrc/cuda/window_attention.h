@@ -7,10 +7,10 @@ namespace eva_attn::cuda {
 // An attention's params and the tensors that they point into.
 class Attention {
   public:
-    // Landmarks [B, H, C, D], or none.
+    // Landmarks [B, H, C, D], or none; their entropies [B, H, C], of tangents.
     Attention(const Call& call, const Geometry& geometry, const OptionalTensor& landmark_key,
-              const OptionalTensor& landmark_value, const Tensor& output, const Tensor& logsumexp,
-              cudaStream_t stream);
+              const OptionalTensor& landmark_value, const OptionalTensor& landmark_entropy,
+              const Tensor& output, const Tensor& logsumexp, cudaStream_t stream);
 
     void forward() const;
 
@@ -19,6 +19,10 @@ class Attention {
     // Its result [B H, pieces, C + P, D], the landmarks' rows first.
     const Tensor& grad_global_key() const { return grad_global_key_; }
     const Tensor& grad_global_value() const { return grad_global_value_; }
+    // [B H, pieces, C]; undefined without entropies.
+    const Tensor& grad_landmark_entropy() const { return grad_landmark_entropy_; }
+    // Whether tensor cores compute both.
+    bool on_tensor_cores() const { return backward_.on_tensor_cores; }
     // Its second half, which writes all other gradients, with the tokens' share in their chunks added.
     void backward_tokens(const ChunkTerms& chunk_terms, const Tensor& grad_query, const Tensor& grad_key,
                          const Tensor& grad_value, const Tensor& grad_relative_bias);
@@ -26,9 +30,9 @@ class Attention {
   private:
     DType dtype_;
     cudaStream_t stream_;
-    Tensor landmark_key_, landmark_value_, landmark_bias_, extents_, relative_bias_, mask_, output_,
-        logsumexp_;
-    Tensor delta_, grad_global_key_, grad_global_value_;
+    Tensor landmark_key_, landmark_value_, landmark_bias_, landmark_entropy_, extents_, relative_bias_, mask_,
+        output_, logsumexp_;
+    Tensor delta_, grad_global_key_, grad_global_value_, grad_landmark_entropy_;
     AttentionParams params_;
     AttentionBackward backward_{};
 };

@@ -99,8 +99,8 @@ auto to_array(Tuple&& tuple) {
 template <class Op, class Inputs, class Options>
 struct Formula;
 
-// An `Op` also has kNumDifferentiable, how many of its outputs carry a gradient (the first ones), and
-// has_gradient(i): whether tensor argument i gets one; the backward op returns them in this order.
+// An `Op` also has kDifferentiable, which of its outputs carry a gradient, and has_gradient(i): whether
+// tensor argument i gets one; the backward op returns them in this order.
 template <class Op, class... Inputs, class... Options>
 struct Formula<Op, Types<Inputs...>, Types<Options...>> {
     // Outputs without a gradient leave through the pointer.
@@ -116,7 +116,9 @@ struct Formula<Op, Types<Inputs...>, Types<Options...>> {
         (writer(options), ...);
         writer.tensors.insert(writer.tensors.end(), all.begin(), all.end());
         context->save_for_backward(std::move(writer.tensors));
-        return variable_list(all.begin(), all.begin() + Op::kNumDifferentiable);
+        variable_list differentiable;
+        for (const size_t i : Op::kDifferentiable) differentiable.push_back(all[i]);
+        return differentiable;
     }
 
     static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
@@ -202,8 +204,9 @@ struct AutogradForward<Op, Types<Inputs...>, Types<Options...>> {
         using Node = detail::Node<Op>;
         Tensors<Op::kNumOutputs> outputs;
         const auto differentiable = Node::apply(&outputs, inputs..., options...);
-        std::get<0>(outputs) = differentiable[0];
-        if constexpr (Op::kNumDifferentiable == 2) std::get<1>(outputs) = differentiable[1];
+        [&]<size_t... i>(std::index_sequence<i...>) {
+            ((std::get<Op::kDifferentiable[i]>(outputs) = differentiable[i]), ...);
+        }(std::make_index_sequence<Op::kDifferentiable.size()>());
         return outputs;
     }
 };

@@ -35,6 +35,7 @@ struct SummaryOptions {
     OptionalTensor noise; // [B, H, C, D]
     double norm_eps = 0;
     c10::SymInt mean_divisor = 0;
+    bool tangent = false; // no projections: landmarks are tangents at the mean queries
 };
 
 struct AttentionOptions {
@@ -43,6 +44,7 @@ struct AttentionOptions {
     OptionalTensor dropout_seed;  // int64 scalar
     double dropout_p = 0;
     bool exclude_window_landmarks = false;
+    OptionalTensor landmark_entropy{}; // [B, H, C]
 };
 
 struct Call {

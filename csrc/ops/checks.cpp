@@ -161,6 +161,8 @@ void check_summary(const Call& call) {
     check_projection("query", options.query, query);
     TORCH_CHECK_VALUE(options.key.weight || !options.query.weight,
                       "query_weight needs key_weight, which is None");
+    TORCH_CHECK_VALUE(!options.tangent || !options.key.weight,
+                      "tangent needs a key_weight of None, as tangents have no projections");
     check_parameter("noise", options.noise,
                     {query.sym_size(0), query.sym_size(1), call.geometry.num_chunks(), query.sym_size(3)},
                     query);
@@ -192,6 +194,10 @@ void check_attention(const Call& call) {
     }
     check_parameter("landmark_bias", options.landmark_bias, {query.sym_size(0), geometry.num_chunks()},
                     query);
+    check_parameter("landmark_entropy", options.landmark_entropy,
+                    {query.sym_size(0), query.sym_size(1), geometry.num_chunks()}, query);
+    TORCH_CHECK_VALUE(call.landmark_key || !options.landmark_entropy,
+                      "landmark_entropy needs landmark_key, which is None");
 
     if (const auto& bias = options.relative_bias) {
         TORCH_CHECK_VALUE(bias->dim() == 3, "relative_bias must have shape [heads or 1, ",
@@ -242,7 +248,7 @@ Tensor empty_gradient(const Tensor& query, const OptionalTensor& tensor) {
 }
 
 Tensors<8> empty_weight_gradients(const Call& call) {
-    const auto& [key, query, noise, norm_eps, mean_divisor] = call.summary;
+    const auto& [key, query, noise, norm_eps, mean_divisor, tangent] = call.summary;
     const auto empty = [&](const OptionalTensor& weight) { return empty_gradient(call.query, weight); };
     return {empty(key.weight),   empty(key.bias),   empty(key.norm_weight),   empty(key.norm_bias),
             empty(query.weight), empty(query.bias), empty(query.norm_weight), empty(query.norm_bias)};

@@ -59,8 +59,8 @@ Tensor prepare_decode_step(const DecodeCall& decode) {
     check_summary(call);
     check_attention(call);
 
-    const auto& [window_key, window_value, landmark_key, landmark_value, key_sum, query_sum, head_position] =
-        decode.state;
+    const auto& [window_key, window_value, landmark_key, landmark_value, key_sum, query_sum, head_position,
+                 landmark_entropy] = decode.state;
     const SymGeometry& g = call.geometry;
     const Tensor& query = call.query;
     const auto batch = query.sym_size(0), heads = query.sym_size(1), head_dim = query.sym_size(3);
@@ -78,6 +78,11 @@ Tensor prepare_decode_step(const DecodeCall& decode) {
     check_state("key_sum", key_sum, {batch, heads, head_dim}, accumulation, device);
     check_state("query_sum", query_sum, {batch, heads, head_dim}, accumulation, device);
     check_state("head_position", head_position, {batch, heads}, at::kLong, device);
+    if (landmark_entropy)
+        check_state("landmark_entropy", *landmark_entropy, {batch, heads, landmark_key.sym_size(2)},
+                    accumulation, device);
+    TORCH_CHECK_VALUE(!landmark_entropy || !decode.log_count_bias,
+                      "log_count_bias must be False with landmark_entropy, which stands in its place");
     if (decode.num_tokens) check_matches("num_tokens", *decode.num_tokens, {batch}, at::kLong, device);
     return empty_tokens(query);
 }
@@ -88,7 +93,8 @@ TORCH_LIBRARY_FRAGMENT(eva_attn, m) {
               "Tensor(e!) key_sum, Tensor(f!) query_sum, Tensor(g!) head_position, *, SymInt window_size, "
               "SymInt chunk_size, SymInt overlap=0, " EVA_ATTN_WEIGHTS
               ", Tensor? relative_bias=None, Tensor? num_tokens=None, bool exclude_window_landmarks=False, "
-              "bool log_count_bias=False, float? scale=None, float norm_eps=1e-05) -> Tensor");
+              "bool log_count_bias=False, float? scale=None, float norm_eps=1e-05, "
+              "Tensor(h!)? landmark_entropy=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(eva_attn, Meta, m) { m.impl("decode_step", &DecodeStepBackend<run>::forward); }

@@ -4,6 +4,7 @@
 
 #include "ops/autocast.h"
 #include "ops/autograd.h"
+#include "ops/chunk_summary.h"
 #include "ops/schema.h"
 
 namespace eva_attn {
@@ -15,25 +16,26 @@ void check_all(const Call& call) {
     check_attention(call);
 }
 
-void run_forward(const Call&, const Tensors<6>&) {}
-void run_backward(const Call&, const Tensor&, const Tensors<6>&, const Tensors<12>&) {}
+void run_forward(const Call&, const Tensors<7>&) {}
+void run_backward(const Call&, const Tensor&, const Tensors<7>&, const Tensors<12>&) {}
 
 const std::string kOptions =
     "SymInt[2] grid_size, SymInt[2] window_size, SymInt[2] chunk_size, SymInt[2] overlap=0, "
     "SymInt[2] chunk_overlap=0, SymInt num_prefix_tokens=0, bool is_causal=False, " EVA_ATTN_WEIGHTS
     ", Tensor? noise=None, Tensor? relative_bias=None, Tensor? landmark_bias=None, "
     "Tensor? key_padding_mask=None, Tensor? dropout_seed=None, float dropout_p=0., "
-    "bool exclude_window_landmarks=False, float? scale=None, float norm_eps=1e-05, SymInt mean_divisor=0";
+    "bool exclude_window_landmarks=False, float? scale=None, float norm_eps=1e-05, SymInt mean_divisor=0, "
+    "bool tangent=False";
 const std::string kForwardResults =
     "(Tensor output, Tensor logsumexp, Tensor landmark_key, Tensor landmark_value, Tensor key_mean, "
-    "Tensor query_mean)";
+    "Tensor query_mean, Tensor landmark_entropy)";
 const std::string kSaved = "Tensor output, Tensor logsumexp, Tensor landmark_key, Tensor landmark_value, "
-                           "Tensor key_mean, Tensor query_mean";
+                           "Tensor key_mean, Tensor query_mean, Tensor landmark_entropy";
 const std::string kParameterGradients = EVA_ATTN_WEIGHT_GRADIENTS ", Tensor grad_relative_bias)";
 
 } // namespace
 
-Tensors<6> prepare_eva_attention(const Call& call) {
+Tensors<7> prepare_eva_attention(const Call& call) {
     check_all(call);
     const Tensor& query = call.query;
     const auto accumulation = accumulation_dtype(query.scalar_type());
@@ -45,18 +47,20 @@ Tensors<6> prepare_eva_attention(const Call& call) {
             empty_beside(query, per_chunk, query.scalar_type()),
             empty_beside(query, per_chunk, query.scalar_type()),
             empty_beside(query, per_chunk, accumulation),
-            empty_beside(query, per_chunk, accumulation)};
+            empty_beside(query, per_chunk, accumulation),
+            empty_beside(query, entropy_shape(call), accumulation)};
 }
 
 Tensors<12> prepare_eva_attention_backward(const Call& call, const Tensor& grad_output,
-                                           const Tensors<6>& outputs, const OptionalTensor& grad_qkv) {
+                                           const Tensors<7>& outputs, const OptionalTensor& grad_qkv) {
     check_all(call);
     const Tensor& query = call.query;
     const auto dtype = query.scalar_type(), accumulation = accumulation_dtype(dtype);
     const auto batch = query.sym_size(0), heads = query.sym_size(1);
     const c10::SymInt per_token[] = {batch, heads, query.sym_size(2)};
     const c10::SymInt per_chunk[] = {batch, heads, call.geometry.num_chunks(), query.sym_size(3)};
-    const auto& [output, logsumexp, landmark_key, landmark_value, key_mean, query_mean] = outputs;
+    const auto& [output, logsumexp, landmark_key, landmark_value, key_mean, query_mean, landmark_entropy] =
+        outputs;
     check_matches("grad_output", grad_output, query.sym_sizes(), dtype, query.device());
     check_matches("output", output, query.sym_sizes(), dtype, query.device());
     check_matches("logsumexp", logsumexp, per_token, accumulation, query.device());
@@ -64,6 +68,7 @@ Tensors<12> prepare_eva_attention_backward(const Call& call, const Tensor& grad_
     check_matches("landmark_value", landmark_value, per_chunk, dtype, query.device());
     check_matches("key_mean", key_mean, per_chunk, accumulation, query.device());
     check_matches("query_mean", query_mean, per_chunk, accumulation, query.device());
+    check_matches("landmark_entropy", landmark_entropy, entropy_shape(call), accumulation, query.device());
 
     const auto grad_tokens = [&](int64_t i) { return grad_qkv ? unpack(*grad_qkv, i) : empty_tokens(query); };
     return std::tuple_cat(std::make_tuple(grad_tokens(0), grad_tokens(1), grad_tokens(2)),

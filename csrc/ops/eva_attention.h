@@ -18,7 +18,7 @@ inline Call eva_attention_call(c10::SymIntArrayRef grid_size, c10::SymIntArrayRe
                                const OptionalTensor& relative_bias, const OptionalTensor& landmark_bias,
                                const OptionalTensor& key_padding_mask, const OptionalTensor& dropout_seed,
                                double dropout_p, bool exclude_window_landmarks, std::optional<double> scale,
-                               double norm_eps, c10::SymInt mean_divisor) {
+                               double norm_eps, c10::SymInt mean_divisor, bool tangent) {
     return Call{
         .geometry = make_geometry(grid_size, window_size, chunk_size, overlap, chunk_overlap,
                                   std::move(num_prefix_tokens), is_causal),
@@ -28,7 +28,8 @@ inline Call eva_attention_call(c10::SymIntArrayRef grid_size, c10::SymIntArrayRe
                     .query = {query_weight, query_bias, query_norm_weight, query_norm_bias},
                     .noise = noise,
                     .norm_eps = norm_eps,
-                    .mean_divisor = std::move(mean_divisor)},
+                    .mean_divisor = std::move(mean_divisor),
+                    .tangent = tangent},
         .attention = {.relative_bias = relative_bias,
                       .landmark_bias = landmark_bias,
                       .dropout_seed = dropout_seed,
@@ -37,7 +38,7 @@ inline Call eva_attention_call(c10::SymIntArrayRef grid_size, c10::SymIntArrayRe
     };
 }
 
-// Outputs: output, logsumexp, landmark_key, landmark_value, key_mean, query_mean.
+// Outputs: output, logsumexp, landmark_key, landmark_value, key_mean, query_mean, landmark_entropy.
 // Gradients: query, key, value (or qkv), the eight weights, relative_bias.
 struct EvaAttention {
     static constexpr const char* kName = "eva_attn::eva_attention";
@@ -45,7 +46,8 @@ struct EvaAttention {
     using Inputs = TensorReferences<3>;
     using Options = Parameters<&eva_attention_call>;
     using GradOutputs = TensorReferences<1>;
-    static constexpr size_t kNumOutputs = 6, kNumDifferentiable = 1, kNumGradients = 12;
+    static constexpr size_t kNumOutputs = 7, kNumGradients = 12;
+    static constexpr std::array<size_t, 1> kDifferentiable{0};
     static constexpr bool has_gradient(size_t tensor) { return tensor < 11 || tensor == 12; }
 };
 
@@ -55,15 +57,16 @@ struct EvaAttentionQkvpacked {
     using Inputs = TensorReferences<1>;
     using Options = EvaAttention::Options;
     using GradOutputs = EvaAttention::GradOutputs;
-    static constexpr size_t kNumOutputs = 6, kNumDifferentiable = 1, kNumGradients = 10;
+    static constexpr size_t kNumOutputs = 7, kNumGradients = 10;
+    static constexpr std::array<size_t, 1> kDifferentiable{0};
     static constexpr bool has_gradient(size_t tensor) { return tensor < 9 || tensor == 10; }
 };
 
 // Check everything and allocate what the op returns.
-Tensors<6> prepare_eva_attention(const Call& call);
+Tensors<7> prepare_eva_attention(const Call& call);
 // grad_query, grad_key and grad_value, if given, are views to be written.
 Tensors<12> prepare_eva_attention_backward(const Call& call, const Tensor& grad_output,
-                                           const Tensors<6>& outputs,
+                                           const Tensors<7>& outputs,
                                            const OptionalTensor& grad_qkv = std::nullopt);
 // Element i of a packed projection [B, N, 3, H, D] as [B, H, N, D].
 Tensor unpack(const Tensor& qkv, int64_t i);
@@ -75,14 +78,14 @@ struct EvaAttentionBackend;
 
 template <auto Forward, auto Backward, class... Options>
 struct EvaAttentionBackend<Forward, Backward, Types<Options...>> {
-    static Tensors<6> forward(const Tensor& query, const Tensor& key, const Tensor& value,
+    static Tensors<7> forward(const Tensor& query, const Tensor& key, const Tensor& value,
                               Options... options) {
         Call call = eva_attention_call(options...);
         call.query = query, call.key = key, call.value = value;
         return run(call);
     }
 
-    static Tensors<6> forward_packed(const Tensor& qkv, Options... options) {
+    static Tensors<7> forward_packed(const Tensor& qkv, Options... options) {
         Call call = eva_attention_call(options...);
         set_qkv(call, qkv);
         return run(call);
@@ -91,10 +94,12 @@ struct EvaAttentionBackend<Forward, Backward, Types<Options...>> {
     static Tensors<12> backward(const Tensor& grad_output, const Tensor& query, const Tensor& key,
                                 const Tensor& value, const Tensor& output, const Tensor& logsumexp,
                                 const Tensor& landmark_key, const Tensor& landmark_value,
-                                const Tensor& key_mean, const Tensor& query_mean, Options... options) {
+                                const Tensor& key_mean, const Tensor& query_mean,
+                                const Tensor& landmark_entropy, Options... options) {
         Call call = eva_attention_call(options...);
         call.query = query, call.key = key, call.value = value;
-        const Tensors<6> outputs{output, logsumexp, landmark_key, landmark_value, key_mean, query_mean};
+        const Tensors<7> outputs{output,   logsumexp,  landmark_key,    landmark_value,
+                                 key_mean, query_mean, landmark_entropy};
         auto gradients = prepare_eva_attention_backward(call, grad_output, outputs);
         Backward(call, grad_output, outputs, gradients);
         return gradients;
@@ -103,10 +108,12 @@ struct EvaAttentionBackend<Forward, Backward, Types<Options...>> {
     static Tensors<10> backward_packed(const Tensor& grad_output, const Tensor& qkv, const Tensor& output,
                                        const Tensor& logsumexp, const Tensor& landmark_key,
                                        const Tensor& landmark_value, const Tensor& key_mean,
-                                       const Tensor& query_mean, Options... options) {
+                                       const Tensor& query_mean, const Tensor& landmark_entropy,
+                                       Options... options) {
         Call call = eva_attention_call(options...);
         set_qkv(call, qkv);
-        const Tensors<6> outputs{output, logsumexp, landmark_key, landmark_value, key_mean, query_mean};
+        const Tensors<7> outputs{output,   logsumexp,  landmark_key,    landmark_value,
+                                 key_mean, query_mean, landmark_entropy};
         const Tensor grad_qkv = empty_beside(qkv, qkv.sym_sizes(), qkv.scalar_type());
         const auto gradients = prepare_eva_attention_backward(call, grad_output, outputs, grad_qkv);
         Backward(call, grad_output, outputs, gradients);
@@ -123,7 +130,7 @@ struct EvaAttentionBackend<Forward, Backward, Types<Options...>> {
     }
 
   private:
-    static Tensors<6> run(const Call& call) {
+    static Tensors<7> run(const Call& call) {
         const auto outputs = prepare_eva_attention(call);
         Forward(call, outputs);
         return outputs;

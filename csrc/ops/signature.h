@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <array>
 #include <c10/core/SymIntArrayRef.h>
 
 #include "ops/call.h"

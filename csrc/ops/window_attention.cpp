@@ -8,7 +8,7 @@ namespace eva_attn {
 namespace {
 
 void run_forward(const Call&, const Tensors<2>&) {}
-void run_backward(const Call&, const Tensor&, const Tensors<2>&, const Tensors<6>&) {}
+void run_backward(const Call&, const Tensor&, const Tensors<2>&, const Tensors<7>&) {}
 
 const std::string kInputs =
     "Tensor query, Tensor key, Tensor value, Tensor? landmark_key=None, Tensor? landmark_value=None";
@@ -21,7 +21,7 @@ const std::string kOptions =
     "relative_bias=None, "
     "Tensor? landmark_bias=None, Tensor? key_padding_mask=None, Tensor? dropout_seed=None, float "
     "dropout_p=0., "
-    "bool exclude_window_landmarks=False, float? scale=None";
+    "bool exclude_window_landmarks=False, float? scale=None, Tensor? landmark_entropy=None";
 
 } // namespace
 
@@ -33,7 +33,7 @@ Tensors<2> prepare_window_attention(const Call& call) {
     return {empty_tokens(query), empty_beside(query, per_token, accumulation_dtype(query.scalar_type()))};
 }
 
-Tensors<6> prepare_window_attention_backward(const Call& call, const Tensor& grad_output,
+Tensors<7> prepare_window_attention_backward(const Call& call, const Tensor& grad_output,
                                              const Tensors<2>& outputs) {
     check_inputs(call);
     check_attention(call);
@@ -49,14 +49,15 @@ Tensors<6> prepare_window_attention_backward(const Call& call, const Tensor& gra
             empty_tokens(query),
             empty_gradient(query, call.landmark_key),
             empty_gradient(query, call.landmark_value),
-            empty_gradient(query, call.attention.relative_bias)};
+            empty_gradient(query, call.attention.relative_bias),
+            empty_gradient(query, call.attention.landmark_entropy)};
 }
 
 TORCH_LIBRARY_FRAGMENT(eva_attn, m) {
     define(m, "window_attention(" + kInputs + ", *, " + kOptions + ") -> (Tensor output, Tensor logsumexp)");
     define(m, "window_attention_backward(" + kBackwardInputs + ", *, " + kOptions +
                   ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_landmark_key, "
-                  "Tensor grad_landmark_value, Tensor grad_relative_bias)");
+                  "Tensor grad_landmark_value, Tensor grad_relative_bias, Tensor grad_landmark_entropy)");
 }
 
 TORCH_LIBRARY_IMPL(eva_attn, Meta, m) { WindowAttentionBackend<run_forward, run_backward>::implement(m); }

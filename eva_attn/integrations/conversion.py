@@ -91,7 +91,7 @@ def convert(
     progress: bool = True,
     projection: str = "linear",
     exclude_window_landmarks: bool = True,
-    log_count_bias: bool = True,
+    log_count_bias: bool | None = None,
     **options: Any,
 ) -> ConversionReport:
     """Puts EVA in place of the softmax attention of a trained `model`, and fits what is new to the old.
@@ -113,7 +113,8 @@ def convert(
         steps: of Adam, a batch each, with `learning_rate` falling to 0 by half a cosine. 0 only measures.
         progress: write a line to stderr after every tenth of the steps.
         projection, exclude_window_landmarks, log_count_bias, **options: see `replace_attention`. These
-            defaults are not that function's: they start nearer to softmax.
+            defaults are not that function's: they start nearer to softmax. `log_count_bias=None` is True but
+            for "tangent", which has no use for it, and, where there is no relative bias, nothing to fit.
 
     ValueError where there is no attention known to `replace_attention`, where `batches` are too few or do not
     reach it, and for Swin transformers, whose attention to windows is not what EVA is to match.
@@ -125,7 +126,7 @@ def convert(
         **options,
         "projection": projection,
         "exclude_window_landmarks": exclude_window_landmarks,
-        "log_count_bias": log_count_bias,
+        "log_count_bias": projection != "tangent" if log_count_bias is None else log_count_bias,
     }
     # Parameters are not copied: what both models have, both share.
     old = {id(x): x for x in (*model.parameters(), *model.buffers())}

@@ -102,14 +102,15 @@ inline void project(const Projection& a, bool has_projection, int64_t count, int
     }
 }
 
-// scale (omega.k - |k|^2 / 2) in double: logits of chunks grow with the square of the norms, and their
-// differences count.
+// scale (omega.k - |k|^2 / 2), of a tangent scale omega.k, in double: logits of chunks grow with the square
+// of the norms, and their differences count.
 template <class T>
-inline double chunk_logit(double scale, const T* omega, const T* key, int64_t head_dim) {
+inline double chunk_logit(double scale, bool tangent, const T* omega, const T* key, int64_t head_dim) {
+    const Vec<double> half = splat(tangent ? 0.0 : 0.5);
     Vec<double> total{};
     for (int64_t d = 0; d < head_dim; d += kWidth<double>) {
         const Vec<double> k = load_double(key + d);
-        total += k * (load_double(omega + d) - k * splat(0.5));
+        total += k * (load_double(omega + d) - k * half);
     }
     return scale * sum<double>(total);
 }
@@ -173,13 +174,16 @@ inline void chunk_weights(const SummaryParams& p, const ChunkGroup& group, const
     double top = -__builtin_inf();
     for (int64_t j = 0; j < count; ++j) {
         const T* key = view_row<S, T>(p.key, group.batch, group.head, s.members.token[j], head_dim, s.row);
-        s.weights[j] = chunk_logit(p.scale, omega, key, head_dim);
+        s.weights[j] = chunk_logit(p.scale, p.tangent, omega, key, head_dim);
         top = s.weights[j] > top ? s.weights[j] : top;
     }
     double total = 0;
     for (int64_t j = 0; j < count; ++j) total += s.weights[j] = __builtin_exp(s.weights[j] - top);
     for (int64_t j = 0; j < count; ++j) s.weights[j] /= total;
 }
+
+// Of a weight that is multiplied with it: 0 for 0.
+inline double log_weight(double weight) { return weight > 0 ? __builtin_log(weight) : 0; }
 
 template <class S, class T>
 void chunk_summary_fwd(const SummaryParams& p, int64_t begin, int64_t end, char* scratch) {
@@ -206,7 +210,7 @@ void chunk_summary_fwd(const SummaryParams& p, int64_t begin, int64_t end, char*
                 T* saved = static_cast<T*>(out) + (group.index + i) * head_dim;
                 for (int64_t d = 0; d < head_dim; ++d) saved[d] = mean[d] = mean[d] / divisor;
             };
-            average(p.key, s.key_mean + i * ld, p.key_mean);
+            if (!p.tangent) average(p.key, s.key_mean + i * ld, p.key_mean);
             if (has_mu) average(p.query, s.query_mean + i * ld, p.query_mean);
         }
         project(p.key_projection, p.has_projection, group.count, head_dim, ld, p.norm_eps, s.key_mean,
@@ -215,9 +219,7 @@ void chunk_summary_fwd(const SummaryParams& p, int64_t begin, int64_t end, char*
             project(p.query_projection, p.has_projection, group.count, head_dim, ld, p.norm_eps, s.query_mean,
                     s.query_linear, s.query_hat, s.query_rstd, s.landmark_query);
         for (int64_t i = 0; i < group.count; ++i) {
-            const T* landmark = s.landmark_key + i * ld;
-            store_elements(landmark, head_dim,
-                           static_cast<S*>(p.landmark_key) + (group.index + i) * head_dim);
+            T* landmark = s.landmark_key + i * ld; // 0 of a tangent so far
             T* omega = s.grad_a;
             make_omega(p, has_mu, group.index + i, landmark, s.landmark_query + i * ld, omega);
             s.members.list(g, p.key_padding_mask, group.batch, group.first + i);
@@ -228,6 +230,16 @@ void chunk_summary_fwd(const SummaryParams& p, int64_t begin, int64_t end, char*
                 prefetch_member<S>({&p.value}, p.shape, group, ahead, j);
                 add_scaled(s.beta, static_cast<T>(s.weights[j]), row(p.value, j), head_dim);
             }
+            if (p.tangent) {
+                double entropy = 0;
+                for (int64_t j = 0; j < s.members.size; ++j) {
+                    add_scaled(landmark, static_cast<T>(s.weights[j]), row(p.key, j), head_dim);
+                    entropy -= s.weights[j] * log_weight(s.weights[j]);
+                }
+                static_cast<T*>(p.landmark_entropy)[group.index + i] = static_cast<T>(entropy);
+            }
+            store_elements(landmark, head_dim,
+                           static_cast<S*>(p.landmark_key) + (group.index + i) * head_dim);
             store_elements(s.beta, head_dim,
                            static_cast<S*>(p.landmark_value) + (group.index + i) * head_dim);
         }
@@ -323,10 +335,18 @@ void chunk_summary_bwd(const SummaryParams& p, int64_t begin, int64_t end, char*
             s.members.list(g, p.key_padding_mask, group.batch, group.first + i);
             s.divisor[i] = mean_divisor<T>(p, s.members.size);
             chunk_weights<S, T>(p, group, s, omega);
-            double expectation = 0; // sum_j p_j (grad_beta . v_j)
+            double grad_entropy = 0;
+            for (int64_t piece = 0; p.tangent && piece < p.pieces; ++piece)
+                grad_entropy += static_cast<const T*>(
+                    p.grad_landmark_entropy)[(group.local_head * p.pieces + piece) * g.num_chunks() +
+                                             group.first + i];
+            double expectation = 0; // sum_j p_j (gradient of p_j)
             for (int64_t j = 0; j < s.members.size; ++j) {
                 prefetch_member<S>({&p.key, &p.value}, p.shape, group, ahead, j);
                 s.grad_p[j] = exact_dot(grad_beta, row(p.value, j), head_dim);
+                if (p.tangent)
+                    s.grad_p[j] += exact_dot(grad_key + i * ld, row(p.key, j), head_dim) -
+                                   grad_entropy * log_weight(s.weights[j]);
                 expectation += s.weights[j] * s.grad_p[j];
             }
             T* terms = static_cast<T*>(p.member_terms) + (group.local + i) * member_stride;
@@ -340,23 +360,23 @@ void chunk_summary_bwd(const SummaryParams& p, int64_t begin, int64_t end, char*
             }
             if (!has_mu) continue;
             const T factor = static_cast<T>(p.mu_scale);
-            add_scaled(grad_key + i * ld, factor, grad_omega, head_dim);
+            if (!p.tangent) add_scaled(grad_key + i * ld, factor, grad_omega, head_dim);
             add_scaled(grad_query + i * ld, factor, grad_omega, head_dim);
         }
         T* vectors = static_cast<T*>(p.grad_vectors) + task * 6 * ld;
         if (p.has_projection) zero(vectors, 6 * ld);
         const auto finish = [&](const Projection& a, const T* hat, const T* rstd, const T* grad, void* linear,
-                                T* sums, void* mean_out) {
+                                T* sums, void* mean_out, bool is_mean = true) {
             project_backward(a, p.has_projection, group.count, head_dim, ld, hat, rstd, grad,
                              rows_of(linear, group.local), sums, s.grad_mean);
             for (int64_t i = 0; i < group.count; ++i) {
                 T* out = rows_of(mean_out, group.local + i);
                 for (int64_t d = 0; d < ld; ++d)
-                    out[d] = d < head_dim ? s.grad_mean[i * ld + d] / s.divisor[i] : T(0);
+                    out[d] = d < head_dim ? s.grad_mean[i * ld + d] / (is_mean ? s.divisor[i] : T(1)) : T(0);
             }
         };
-        finish(p.key_projection, s.key_hat, s.key_rstd, grad_key, p.grad_key_linear, vectors,
-               p.grad_key_mean);
+        finish(p.key_projection, s.key_hat, s.key_rstd, grad_key, p.grad_key_linear, vectors, p.grad_key_mean,
+               !p.tangent);
         if (has_mu)
             finish(p.query_projection, s.query_hat, s.query_rstd, grad_query, p.grad_query_linear,
                    vectors + 3 * ld, p.grad_query_mean);
@@ -406,10 +426,12 @@ void chunk_terms(const TermsParams& p, int64_t begin, int64_t end, char* scratch
                     const T* grad_key_mean = static_cast<const T*>(p.grad_key_mean) + index * ld;
                     const T* grad_query_mean = static_cast<const T*>(p.grad_query_mean) + index * ld;
                     const Vec<T> weight = splat(terms[0]), grad_product = splat(terms[1]);
+                    const Vec<T> of_mean = p.tangent ? weight : splat(T(1)); // in k~, or in the mean key
+                    const Vec<T> of_norm = splat(p.tangent ? T(0) : T(1));   // of |k|^2 / 2 in the logit
                     for (int64_t d = 0; d < head_dim; d += kWidth<T>) {
                         store(grad_query + d, load(grad_query + d) + load(grad_query_mean + d));
-                        store(grad_key + d, load(grad_key + d) + load(grad_key_mean + d) +
-                                                grad_product * (load(omega + d) - load(key + d)));
+                        store(grad_key + d, load(grad_key + d) + of_mean * load(grad_key_mean + d) +
+                                                grad_product * (load(omega + d) - of_norm * load(key + d)));
                         store(grad_value + d, load(grad_value + d) + weight * load(grad_beta + d));
                     }
                 }

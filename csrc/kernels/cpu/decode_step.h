@@ -90,7 +90,10 @@ class DecodingHead {
                             (first - position + slots - 1);
             for (int64_t j = 0; j < num_keys; ++j) logits[j] += bias[j];
         }
-        for (int64_t j = num_keys; j < size; ++j) logits[j] += static_cast<T>(p.landmark_bias);
+        const T* entropy =
+            p.landmark_entropy ? static_cast<const T*>(p.landmark_entropy) + bh * p.num_landmarks : nullptr;
+        for (int64_t c = 0; c < num_landmarks; ++c)
+            logits[num_keys + c] += entropy ? entropy[c] : static_cast<T>(p.landmark_bias);
 
         T maximum = -infinity<T>();
         for (int64_t j = 0; j < size; ++j) maximum = logits[j] > maximum ? logits[j] : maximum;
@@ -116,20 +119,30 @@ class DecodingHead {
         project_mean(p.key_projection, sum_of(p.key_sum), landmark_key);
         if (has_mu) project_mean(p.query_projection, sum_of(p.query_sum), landmark_query);
         zero(omega, padded(head_dim));
+        const bool tangent = p.landmark_entropy;
+        if (tangent) zero(landmark_key, padded(head_dim));
         for (int64_t d = 0; has_mu && d < head_dim; ++d) omega[d] = landmark_query[d] + landmark_key[d];
 
         double maximum = -__builtin_inf(), total = 0;
         for (int64_t j = 0; j < p.chunk_size; ++j) {
             const T* key = load_state(slot(p.window_key, first + j));
-            chunk_logits[j] = chunk_logit(p.scale, omega, key, head_dim);
+            chunk_logits[j] = chunk_logit(p.scale, tangent, omega, key, head_dim);
             maximum = chunk_logits[j] > maximum ? chunk_logits[j] : maximum;
         }
         for (int64_t j = 0; j < p.chunk_size; ++j)
             total += chunk_logits[j] = __builtin_exp(chunk_logits[j] - maximum);
         zero(out, padded(head_dim));
-        for (int64_t j = 0; j < p.chunk_size; ++j)
-            add_scaled(out, static_cast<T>(chunk_logits[j] / total),
-                       load_state(slot(p.window_value, first + j)), head_dim);
+        double entropy = 0;
+        for (int64_t j = 0; j < p.chunk_size; ++j) {
+            const double weight = chunk_logits[j] / total;
+            add_scaled(out, static_cast<T>(weight), load_state(slot(p.window_value, first + j)), head_dim);
+            if (!tangent) continue;
+            add_scaled(landmark_key, static_cast<T>(weight), load_state(slot(p.window_key, first + j)),
+                       head_dim);
+            entropy -= weight * log_weight(weight);
+        }
+        if (tangent)
+            static_cast<T*>(p.landmark_entropy)[bh * p.num_landmarks + chunk] = static_cast<T>(entropy);
         store_elements(landmark_key, head_dim, landmark(p.landmark_key, chunk));
         store_elements(out, head_dim, landmark(p.landmark_value, chunk));
     }

@@ -32,22 +32,25 @@ struct SummaryParams {
     Projection key_projection, query_projection;
     bool has_projection;       // false: identity
     bool has_query_projection; // false beside has_projection: "key-only", mu = 0
+    bool tangent; // landmarks are tangents at the mean queries: key_mean is 0, mu_scale 1, no projections
     double scale, mu_scale, norm_eps;
     int64_t mean_divisor; // 0: the number of valid tokens
     // forward: out; backward: in
-    void* landmark_key;   // S [B, H, C, D], forward only
-    void* landmark_value; // S [B, H, C, D], forward only
-    void* key_mean;       // T [B, H, C, D]
-    void* query_mean;     // T [B, H, C, D], unused where mu = 0
+    void* landmark_key;     // S [B, H, C, D], forward only
+    void* landmark_value;   // S [B, H, C, D], forward only
+    void* key_mean;         // T [B, H, C, D]
+    void* query_mean;       // T [B, H, C, D], unused where mu = 0
+    void* landmark_entropy; // T [B, H, C], of tangents, forward only
     // backward works on `heads` of all B H at once, from first_head on
     // in: landmark gradients as `pieces` summands of stride `piece_stride`
-    const void* grad_landmark_key;   // T [heads, pieces, C, padded D]
-    const void* grad_landmark_value; // T [heads, pieces, C, padded D]
+    const void* grad_landmark_key;     // T [heads, pieces, C, padded D]
+    const void* grad_landmark_value;   // T [heads, pieces, C, padded D]
+    const void* grad_landmark_entropy; // T [heads, pieces, C], of tangents
     int64_t pieces, piece_stride, head_piece_stride;
     // out: what each member token needs of its chunk
     void* omega;           // T [heads C, padded D]
     void* grad_beta;       // T [heads C, padded D]
-    void* grad_key_mean;   // T [heads C, padded D], divided by the mean's divisor
+    void* grad_key_mean;   // T [heads C, padded D], divided by the mean's divisor; of tangents: that of k~
     void* grad_query_mean; // T [heads C, padded D], likewise
     void* member_terms;    // T [heads C, tokens of a chunk, 2]: p_j and the gradient of omega.k_j
     // out: for the projections' gradients
@@ -72,6 +75,7 @@ struct AttentionParams {
     int64_t num_landmarks;             // 0: window only
     Rows landmark_key, landmark_value; // in
     const void* landmark_bias;         // T [B, C] or null
+    const void* landmark_entropy;      // T [B, H, C] or null: added to the landmarks' logits as well
     const int32_t* extents;            // [B or 1, C, 4]: box (y0, y1, x0, x1) of each chunk's valid members
     int64_t extents_batch_stride;
     const void* relative_bias; // T [H or 1, bias_height, bias_width] or null
@@ -88,6 +92,7 @@ struct AttentionParams {
     Rows grad_query, grad_key, grad_value; // out
     void* grad_global_key;                 // T [heads, pieces, C + P, padded D], of landmarks and prefix keys
     void* grad_global_value;               // T [heads, pieces, C + P, padded D]
+    void* grad_landmark_entropy;           // T [heads, pieces, C] or null
     void* grad_relative_bias;              // T [B H, pieces, bias_height * bias_width] or null
 };
 
@@ -97,6 +102,7 @@ struct TermsParams {
     int64_t first_head;           // task 0 is of this one of all B H
     Rows key;                     // in
     const bool* key_padding_mask; // [B, N] or null
+    bool tangent;
     const void* omega;
     const void* grad_beta;
     const void* grad_key_mean;
@@ -136,7 +142,8 @@ struct DecodeParams {
     double norm_eps, scale;
     const void* relative_bias; // T [H or 1, 2 (window_size + overlap) - 1] or null
     int64_t relative_bias_head_stride;
-    double landmark_bias; // added to the logits of landmarks
+    double landmark_bias;   // added to the logits of landmarks
+    void* landmark_entropy; // T [B, H, num_landmarks], likewise, of tangents; else null
     bool exclude_window_landmarks;
     Rows output; // out
 };

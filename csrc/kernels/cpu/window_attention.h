@@ -305,6 +305,11 @@ class WindowAttention : AttentionTile<S, T> {
             zero(grad_global_key, global_size);
             zero(grad_global_value, global_size);
         }
+        grad_entropy = nullptr;
+        if (p.grad_landmark_entropy) {
+            grad_entropy = static_cast<T*>(p.grad_landmark_entropy) + task * landmarks;
+            for (int64_t c = 0; c < landmarks; ++c) grad_entropy[c] = 0;
+        }
         const int64_t bias_size = g.bias_height * g.bias_width;
         if (bias) zero(grad_bias, bias_size);
         for (int64_t window = first_window; window < last_window; ++window) {
@@ -420,10 +425,12 @@ class WindowAttention : AttentionTile<S, T> {
         }
         const T* given =
             p.landmark_bias ? static_cast<const T*>(p.landmark_bias) + batch * landmarks : nullptr;
+        const T* entropy =
+            p.landmark_entropy ? static_cast<const T*>(p.landmark_entropy) + current_bh * landmarks : nullptr;
         const int32_t* extents = p.extents ? p.extents + batch * p.extents_batch_stride : nullptr;
         const int64_t seen = detail::min(landmarks, globals);
         for (int64_t c = 0; c < seen; ++c) {
-            global_row[c] = given ? given[c] : T(0);
+            global_row[c] = (given ? given[c] : T(0)) + (entropy ? entropy[c] : T(0));
             if (!extents) continue;
             const int32_t* e = extents + c * 4;
             const Box members{e[0], e[1], e[2], e[3]};
@@ -561,6 +568,10 @@ class WindowAttention : AttentionTile<S, T> {
                 prefetch_next_window({&p.query, &p.key, &p.value, &p.grad_output}, window, i + r);
             });
             key_gradients(rows, 0, globals, grad_global_key, grad_global_value, padded(head_dim), true);
+            if (grad_entropy)
+                for (int64_t r = 0; r < rows; ++r)
+                    for (int64_t c = 0; c < detail::min(landmarks, globals); ++c)
+                        grad_entropy[c] += grad_score[r * ld_score + c];
             if (!g.windows_overlap()) add_own_gradients(i, rows, visible, grad_key, grad_value);
             if (bias) add_bias_gradient(i, rows);
             T* const grad_query = query; // of no use any more
@@ -659,6 +670,7 @@ class WindowAttention : AttentionTile<S, T> {
     T *grad_key, *grad_value;               // [window, ld], of the window's own tokens
     T *grad_seen_key, *grad_seen_value;     // [window, ld], of those that one window sees
     T *grad_global_key, *grad_global_value; // [landmarks + prefix, padded D]
+    T* grad_entropy = nullptr;              // [landmarks] or null
     T* grad_bias;                           // [bias_height * bias_width] with room for a vector behind
     T* global_row;                          // [globals]: biases, -inf where hidden
     int32_t* column_token;                  // [columns]: entry number in dropout's counter

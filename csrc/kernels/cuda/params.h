@@ -40,7 +40,8 @@ struct DecodeParams {
     DType relative_bias_dtype;
     const void* relative_bias; // [H or 1, 2 (window_size + overlap) - 1] or null
     int64_t relative_bias_head_stride;
-    double landmark_bias; // added to the logits of landmarks
+    double landmark_bias;   // added to the logits of landmarks
+    void* landmark_entropy; // T [B, H, num_landmarks], likewise, of tangents; else null
     bool exclude_window_landmarks;
     Rows output; // out
 };
@@ -53,23 +54,28 @@ struct SummaryParams {
     Projection key_projection, query_projection;
     bool has_projection;       // false: identity
     bool has_query_projection; // false beside has_projection: "key-only", mu = 0
+    bool tangent; // landmarks are tangents at the mean queries: key_mean is 0, mu_scale 1, no projections
     double scale, mu_scale, norm_eps;
     int64_t mean_divisor; // 0: the number of valid tokens
     // forward: out; backward: in
-    void* landmark_key = nullptr;   // S [B, H, C, D]
-    void* landmark_value = nullptr; // S [B, H, C, D]
-    void* key_mean = nullptr;       // T [B, H, C, D]
-    void* query_mean = nullptr;     // T [B, H, C, D], unused where mu = 0
+    void* landmark_key = nullptr;     // S [B, H, C, D]
+    void* landmark_value = nullptr;   // S [B, H, C, D]
+    void* key_mean = nullptr;         // T [B, H, C, D]
+    void* query_mean = nullptr;       // T [B, H, C, D], unused where mu = 0
+    void* landmark_entropy = nullptr; // T [B, H, C], of tangents, forward only
     // backward, in: landmark gradients as `pieces` summands, added in order; mma leaves the sum in the first
-    void* grad_landmark_key = nullptr;   // T [B H, pieces, global columns, D], landmarks first
-    void* grad_landmark_value = nullptr; // T [B H, pieces, global columns, D]
+    void* grad_landmark_key = nullptr;           // T [B H, pieces, global columns, D], landmarks first
+    void* grad_landmark_value = nullptr;         // T [B H, pieces, global columns, D]
+    const void* grad_landmark_entropy = nullptr; // T [B H, pieces, C], of tangents
     int64_t pieces = 0, global_columns = 0;
     // backward, out: what each member token needs of its chunk, of mma in S, else in T
     void* omega = nullptr;           // [B H C, D]
     void* grad_beta = nullptr;       // [B H C, D]
-    void* grad_key_mean = nullptr;   // [B H C, D], divided by the mean's divisor
+    void* grad_key_mean = nullptr;   // [B H C, D], divided by the mean's divisor; of tangents: that of k~
     void* grad_query_mean = nullptr; // [B H C, D], likewise
-    // [B H C, 2], double for float: log-sum-exp of the chunk's logits, sum_j p_j (grad_beta . v_j)
+    void* grad_entropy = nullptr;    // T [B H C], of tangents, else null
+    // [B H C, 2], double for float: log-sum-exp of the chunk's logits, sum_j p_j (grad_beta . v_j), of
+    // tangents sum_j p_j (grad_beta . v_j + grad_k~ . k_j - grad_entropy * logit_j)
     void* chunk_stats = nullptr;
     // ... and where there is no chunk overlap, so that each token is in one chunk, else null:
     void* token_weight = nullptr; // T [B, H, N]: p_j
@@ -103,6 +109,7 @@ struct ChunkTerms {
     const void* grad_beta;
     const void* grad_key_mean;
     const void* grad_query_mean;
+    const void* grad_entropy; // not null: of tangents
     const void* chunk_stats;
     const void* token_weight;
     const void* token_grad;
@@ -119,11 +126,12 @@ struct TermsParams {
 
 struct AttentionParams {
     Shape shape;
-    Rows query, key, value;     // in
-    int64_t num_landmarks;      // 0: window only
-    const void* landmark_key;   // S [B, H, C, D]
-    const void* landmark_value; // S [B, H, C, D]
-    const void* landmark_bias;  // T [B, C] or null
+    Rows query, key, value;       // in
+    int64_t num_landmarks;        // 0: window only
+    const void* landmark_key;     // S [B, H, C, D]
+    const void* landmark_value;   // S [B, H, C, D]
+    const void* landmark_bias;    // T [B, C] or null
+    const void* landmark_entropy; // T [B, H, C] or null: added to the landmarks' logits as well
     const int32_t* extents; // [B or 1, C, 4]: box (y0, y1, x0, x1) of each chunk's valid members, or null:
                             // none is empty and none is excluded
     int64_t extents_batch_stride;
@@ -141,10 +149,11 @@ struct AttentionParams {
     Rows grad_query{}, grad_key{}, grad_value{}; // out
     void* delta = nullptr; // T [B, H, N]: grad_output . output; out of the first kernel, in of the rest
     int64_t pieces = 0;    // summands of the gradients of the global columns
-    void* grad_global_key = nullptr;    // T [B H, pieces, C + P, D], of landmarks and prefix keys
-    void* grad_global_value = nullptr;  // T [B H, pieces, C + P, D]
-    int64_t bias_pieces = 0;            // summands of the bias gradient for each (batch, head)
-    void* grad_relative_bias = nullptr; // T [B H, bias_pieces, bias_height * bias_width] or null
+    void* grad_global_key = nullptr;       // T [B H, pieces, C + P, D], of landmarks and prefix keys
+    void* grad_global_value = nullptr;     // T [B H, pieces, C + P, D]
+    void* grad_landmark_entropy = nullptr; // T [B H, pieces, C] or null
+    int64_t bias_pieces = 0;               // summands of the bias gradient for each (batch, head)
+    void* grad_relative_bias = nullptr;    // T [B H, bias_pieces, bias_height * bias_width] or null
     ChunkTerms chunk_terms{};
     int64_t prefix_pieces = 0;         // summands of the gradients of the prefix's queries
     void* grad_prefix_query = nullptr; // T [B H, prefix_pieces, P, D], of keys outside of the prefix

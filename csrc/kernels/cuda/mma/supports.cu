@@ -56,6 +56,7 @@ const char* supports(DType dtype, const SummaryParams& p) {
         return "tensor cores need projections of at most float32";
     if (p.has_query_projection && p.query_projection.dtype != p.key_projection.dtype)
         return "tensor cores need both projections in one dtype";
+    if (p.tangent) return "tensor cores are not used to make tangents";
     if (members > kMaxBoxTokens) return "tensor cores are used for chunks of fewer than 2^15 tokens";
     return nullptr;
 }
@@ -68,6 +69,7 @@ const char* supports(DType dtype, const AttentionParams& p) {
     if (!aligned(p.landmark_key) || !aligned(p.landmark_value)) return kUnaligned;
     const int64_t keys = (g.window_height + 2 * g.overlap_y) * (g.window_width + 2 * g.overlap_x);
     if (keys > kMaxBoxTokens) return "tensor cores are used for windows of fewer than 2^15 keys";
+    if (p.landmark_entropy) return "tensor cores are not used for attention to tangents";
     if (p.scale <= 0) return "tensor cores are used for positive scales";
     if (Windows::of(p).table_size > kMaxTableSize)
         return "tensor cores are used where the window's relative bias fits into shared memory";

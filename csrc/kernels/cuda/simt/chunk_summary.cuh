@@ -130,14 +130,15 @@ __device__ Exact<S> exact_dot(const A& a, const B& b, int head_dim) {
     return warp_sum(sum);
 }
 template <class S, class Omega, class Key>
-__device__ Exact<S> chunk_logit(double scale, const Omega& omega, const Key& key, int head_dim) {
+__device__ Exact<S> chunk_logit(double scale, bool tangent, const Omega& omega, const Key& key,
+                                int head_dim) {
     Exact<S> product = 0, norm = 0;
     for (int d = lane(); d < head_dim; d += kLanes) {
         const Exact<S> k = key[d];
         product += omega[d] * k;
         norm += k * k;
     }
-    return static_cast<Exact<S>>(scale) * (warp_sum(product) - warp_sum(norm) / 2);
+    return static_cast<Exact<S>>(scale) * (warp_sum(product) - (tangent ? 0 : warp_sum(norm) / 2));
 }
 
 // A softmax over the members of a chunk, of which each warp sees some.
@@ -192,9 +193,14 @@ __global__ void __launch_bounds__(kThreads) chunk_summary_fwd_kernel(const Summa
         }
         __syncthreads();
     };
-    average(p.key, s.key_mean, p.key_mean);
-    project<S>(p.key_projection, p.has_projection, p.norm_eps, head_dim, s.key_mean, s.key_hat,
-               s.landmark_key);
+    if (p.tangent) { // its key is made below
+        for (int d = threadIdx.x; d < head_dim; d += kThreads)
+            s.landmark_key[d] = static_cast<T*>(p.key_mean)[chunk.index * head_dim + d] = 0;
+    } else {
+        average(p.key, s.key_mean, p.key_mean);
+        project<S>(p.key_projection, p.has_projection, p.norm_eps, head_dim, s.key_mean, s.key_hat,
+                   s.landmark_key);
+    }
     if (has_mu(p)) {
         average(p.query, s.query_mean, p.query_mean);
         project<S>(p.query_projection, p.has_projection, p.norm_eps, head_dim, s.query_mean, s.query_hat,
@@ -208,18 +214,35 @@ __global__ void __launch_bounds__(kThreads) chunk_summary_fwd_kernel(const Summa
     Softmax<S> softmax;
     for (int d = lane(); d < head_dim; d += kLanes) warp_row[d] = 0;
     chunk.for_members(p, [&](int64_t token) {
-        softmax.add(chunk_logit<S>(p.scale, s.omega, load(p.key, token), head_dim));
+        softmax.add(chunk_logit<S>(p.scale, p.tangent, s.omega, load(p.key, token), head_dim));
         const Row<S> value = load(p.value, token);
         for (int d = lane(); d < head_dim; d += kLanes)
             warp_row[d] = warp_row[d] * softmax.correction + softmax.weight * value[d];
     });
     softmax.join(s);
     for (int d = lane(); d < head_dim; d += kLanes) warp_row[d] *= softmax.correction;
-    block_sum(s, head_dim, s.omega);
+    T* const beta = s.query_mean; // of no use any more
+    block_sum(s, head_dim, beta);
+    if (p.tangent) {
+        const Exact<S> log_total = log(static_cast<Exact<S>>(softmax.total));
+        Exact<S> entropy = 0;
+        for (int d = lane(); d < head_dim; d += kLanes) warp_row[d] = 0;
+        chunk.for_members(p, [&](int64_t token) {
+            const Row<S> key = load(p.key, token);
+            const Exact<S> log_weight =
+                chunk_logit<S>(p.scale, true, s.omega, key, head_dim) - softmax.maximum - log_total;
+            const T weight = exp(static_cast<T>(log_weight));
+            entropy -= weight * log_weight;
+            for (int d = lane(); d < head_dim; d += kLanes) warp_row[d] += weight * key[d];
+        });
+        entropy = block_sum(s, entropy);
+        block_sum(s, head_dim, s.landmark_key);
+        if (threadIdx.x == 0) static_cast<T*>(p.landmark_entropy)[chunk.index] = static_cast<T>(entropy);
+    }
     for (int d = threadIdx.x; d < head_dim; d += kThreads) {
         const int64_t at = chunk.index * head_dim + d;
         store(static_cast<S*>(p.landmark_key) + at, s.landmark_key[d]);
-        store(static_cast<S*>(p.landmark_value) + at, count > 0 ? s.omega[d] / softmax.total : T(0));
+        store(static_cast<S*>(p.landmark_value) + at, count > 0 ? beta[d] / softmax.total : T(0));
     }
 }
 
@@ -310,13 +333,24 @@ __global__ void __launch_bounds__(kThreads) chunk_summary_bwd_kernel(const Summa
     const auto load = [&](const Rows& rows, int64_t token) {
         return row_of<S>(rows, chunk.batch, chunk.head, token);
     };
+    Exact<S> grad_entropy = 0;
+    for (int64_t piece = 0; p.tangent && piece < p.pieces; ++piece)
+        grad_entropy +=
+            static_cast<const T*>(p.grad_landmark_entropy)[(bh * p.pieces + piece) * g.num_chunks() + column];
+    // The gradient of a member's weight, up to what is the same for all.
+    const auto grad_weight = [&](int64_t token, const Row<S>& key, Exact<S> logit) {
+        Exact<S> grad = exact_dot<S>(gradient.beta, load(p.value, token), head_dim);
+        if (p.tangent) grad += exact_dot<S>(gradient.landmark_key, key, head_dim) - grad_entropy * logit;
+        return grad;
+    };
     Softmax<S> softmax;
     Exact<S> moment = 0;
     T count = 0;
     chunk.for_members(p, [&](int64_t token) {
-        softmax.add(chunk_logit<S>(p.scale, s.omega, load(p.key, token), head_dim));
-        moment = moment * softmax.correction +
-                 softmax.weight * exact_dot<S>(gradient.beta, load(p.value, token), head_dim);
+        const Row<S> key = load(p.key, token);
+        const Exact<S> logit = chunk_logit<S>(p.scale, p.tangent, s.omega, key, head_dim);
+        softmax.add(logit);
+        moment = moment * softmax.correction + softmax.weight * grad_weight(token, key, logit);
         count += 1;
     });
     count = block_sum(s, count);
@@ -328,11 +362,10 @@ __global__ void __launch_bounds__(kThreads) chunk_summary_bwd_kernel(const Summa
     for (int d = lane(); d < head_dim; d += kLanes) warp_row[d] = 0;
     chunk.for_members(p, [&](int64_t token) {
         const Row<S> key = load(p.key, token);
-        const Exact<S> logit = chunk_logit<S>(p.scale, s.omega, key, head_dim);
+        const Exact<S> logit = chunk_logit<S>(p.scale, p.tangent, s.omega, key, head_dim);
         const T weight = exp(static_cast<T>(logit - softmax.maximum)) / softmax.total;
         const T grad_logit =
-            static_cast<T>(p.scale) * weight *
-            static_cast<T>(exact_dot<S>(gradient.beta, load(p.value, token), head_dim) - moment);
+            static_cast<T>(p.scale) * weight * static_cast<T>(grad_weight(token, key, logit) - moment);
         for (int d = lane(); d < head_dim; d += kLanes) warp_row[d] += grad_logit * key[d];
         if (p.token_weight && lane() == 0) {
             static_cast<T*>(p.token_weight)[bh * g.num_tokens() + token] = weight;
@@ -342,7 +375,7 @@ __global__ void __launch_bounds__(kThreads) chunk_summary_bwd_kernel(const Summa
     block_sum(s, head_dim, gradient.omega);
     for (int d = threadIdx.x; d < head_dim; d += kThreads) {
         const T grad_mu = has_mu(p) ? static_cast<T>(p.mu_scale) * gradient.omega[d] : T(0);
-        gradient.landmark_key[d] += grad_mu;
+        if (!p.tangent) gradient.landmark_key[d] += grad_mu;
         gradient.landmark_query[d] = grad_mu;
         chunk_row(p.omega)[d] = s.omega[d];
         if (!has_mu(p)) chunk_row(p.grad_query_mean)[d] = 0;
@@ -351,11 +384,12 @@ __global__ void __launch_bounds__(kThreads) chunk_summary_bwd_kernel(const Summa
         Exact<S>* const stats = static_cast<Exact<S>*>(p.chunk_stats) + chunk.index * 2;
         stats[0] = softmax.maximum + log(static_cast<Exact<S>>(softmax.total));
         stats[1] = moment;
+        if (p.tangent) static_cast<T*>(p.grad_entropy)[chunk.index] = static_cast<T>(grad_entropy);
     }
     __syncthreads();
-    project_backward<S>(p.key_projection, p.has_projection, head_dim, key_rstd, divisor, s.key_hat,
-                        gradient.landmark_key, gradient.linear, ProjectionRows<T>(p, 0, chunk.index),
-                        chunk_row(p.grad_key_mean));
+    project_backward<S>(p.key_projection, p.has_projection, head_dim, key_rstd, p.tangent ? T(1) : divisor,
+                        s.key_hat, gradient.landmark_key, gradient.linear,
+                        ProjectionRows<T>(p, 0, chunk.index), chunk_row(p.grad_key_mean));
     if (has_mu(p))
         project_backward<S>(p.query_projection, p.has_projection, head_dim, query_rstd, divisor, s.query_hat,
                             gradient.landmark_query, gradient.linear, ProjectionRows<T>(p, 1, chunk.index),
@@ -434,6 +468,7 @@ __device__ void add_key_value_terms(const Geometry& g, const ChunkTerms& terms, 
         const auto term = [&](const void* rows, int d) {
             return chunk_term<S>(terms, rows, chunk, head_dim, d);
         };
+        const bool tangent = terms.grad_entropy;
         T weight, grad_logit;
         if (terms.token_weight) {
             weight = static_cast<const T*>(terms.token_weight)[bh * g.num_tokens() + token];
@@ -442,15 +477,22 @@ __device__ void add_key_value_terms(const Geometry& g, const ChunkTerms& terms, 
             const auto chunk_row = [&](const void* rows) {
                 return static_cast<const T*>(rows) + chunk * head_dim;
             };
-            const T *const omega = chunk_row(terms.omega), *const grad_beta = chunk_row(terms.grad_beta);
+            const T *const omega = chunk_row(terms.omega), *const grad_beta = chunk_row(terms.grad_beta),
+                           *const grad_mean = chunk_row(terms.grad_key_mean);
             const auto* const stats = static_cast<const Exact<S>*>(terms.chunk_stats) + chunk * 2;
-            weight = exp(static_cast<T>(chunk_logit<S>(scale, omega, key, head_dim) - stats[0]));
-            grad_logit = static_cast<T>(scale) * weight *
-                         static_cast<T>(exact_dot<S>(grad_beta, value, head_dim) - stats[1]);
+            const Exact<S> logit = chunk_logit<S>(scale, tangent, omega, key, head_dim);
+            weight = exp(static_cast<T>(logit - stats[0]));
+            Exact<S> grad_weight = exact_dot<S>(grad_beta, value, head_dim);
+            if (tangent)
+                grad_weight += exact_dot<S>(grad_mean, key, head_dim) -
+                               static_cast<const T*>(terms.grad_entropy)[chunk] * logit;
+            grad_logit = static_cast<T>(scale) * weight * static_cast<T>(grad_weight - stats[1]);
         }
         for_slice<T>(first, head_dim, [&](int i, int d) {
             grad_value.x[i] += weight * term(terms.grad_beta, d);
-            grad_key.x[i] += grad_logit * (term(terms.omega, d) - key[d]) + term(terms.grad_key_mean, d);
+            const T omega = term(terms.omega, d), grad_mean = term(terms.grad_key_mean, d);
+            grad_key.x[i] +=
+                tangent ? grad_logit * omega + weight * grad_mean : grad_logit * (omega - key[d]) + grad_mean;
         });
     });
 }

@@ -80,6 +80,7 @@ struct DecodeShared {
     T warp_sums[kDecodeWarps<S>][kMaxHeadDim];
     double warp_maxima[kDecodeWarps<S>];
     T warp_totals[kDecodeWarps<S>];
+    double log_sum; // of the exponentials of the latest softmax
 };
 
 template <class S, int kVector>
@@ -216,6 +217,7 @@ struct DecodingHead {
                 sum += s.warp_sums[w][d] * weight;
             }
             out(d, total == 0 ? T(0) : sum / total);
+            if (d == 0) s.log_sum = top + log(static_cast<A>(total));
         });
     }
 
@@ -232,6 +234,8 @@ struct DecodingHead {
         const int first_slot = static_cast<int>(first % slots);
         const int64_t bias_start = head * p.relative_bias_head_stride + first - position + slots - 1;
         const T scale = static_cast<T>(p.scale), landmark_bias = static_cast<T>(p.landmark_bias);
+        const T* const entropy =
+            p.landmark_entropy ? static_cast<const T*>(p.landmark_entropy) + bh * p.num_landmarks : nullptr;
         const auto output = row_of<S>(p.output, batch, head, token);
         attend<T>(
             s.query, num_keys + num_landmarks, scale,
@@ -244,7 +248,7 @@ struct DecodingHead {
                                 landmark(p.landmark_value, j - num_keys)};
             },
             [&](int j) {
-                if (j >= num_keys) return landmark_bias;
+                if (j >= num_keys) return entropy ? entropy[j - num_keys] : landmark_bias;
                 return p.relative_bias ? weight_at<S>(p.relative_bias_dtype, p.relative_bias, bias_start + j)
                                        : T(0);
             },
@@ -285,25 +289,45 @@ struct DecodingHead {
     __device__ void end_chunk(int64_t position) const {
         const int64_t chunk = position / p.chunk_size;
         if (chunk >= p.num_landmarks) return;
-        project(p.key_projection, p.key_sum, s.landmark_key);
+        const bool tangent = p.landmark_entropy;
+        if (!tangent) project(p.key_projection, p.key_sum, s.landmark_key);
         const bool has_mu = !p.has_projection || p.has_query_projection;
         if (has_mu) project(p.query_projection, p.query_sum, s.landmark_query);
         T* const omega = s.landmark_query;
         S* const landmark_key = landmark(p.landmark_key, chunk);
         S* const landmark_value = landmark(p.landmark_value, chunk);
         for_channels([&](int d) {
+            if (tangent) return; // omega is the mean query
             store(landmark_key + d, s.landmark_key[d]);
             omega[d] = has_mu ? s.landmark_query[d] + s.landmark_key[d] : T(0);
         });
         const int first_slot = static_cast<int>(chunk * p.chunk_size % slots);
-        attend<Exact<S>>(
-            omega, static_cast<int>(p.chunk_size), static_cast<Exact<S>>(p.scale),
-            [&](int j) {
-                const int from = wrapped(first_slot + j);
-                return KeyValue{slot(p.window_key, from), slot(p.window_value, from)};
-            },
-            [](int) { return T(0); }, [](Exact<S> omega, T key) { return key * (omega - key / Exact<S>(2)); },
-            [&](int d, T x) { store(landmark_value + d, x); });
+        const auto scale = static_cast<Exact<S>>(p.scale), half = static_cast<Exact<S>>(tangent ? 0 : 0.5);
+        const auto sum_members = [&](void* window, auto out) {
+            attend<Exact<S>>(
+                omega, static_cast<int>(p.chunk_size), scale,
+                [&](int j) {
+                    const int from = wrapped(first_slot + j);
+                    return KeyValue{slot(p.window_key, from), slot(window, from)};
+                },
+                [](int) { return T(0); },
+                [half](Exact<S> omega, T key) { return key * (omega - half * key); }, out);
+        };
+        sum_members(p.window_value, [&](int d, T x) { store(landmark_value + d, x); });
+        if (!tangent) return;
+        sum_members(p.window_key, [&](int d, T x) {
+            store(landmark_key + d, x);
+            s.landmark_key[d] = x;
+        });
+        if (warp() > 0) return;
+        // The mean of the logits, which are linear in the keys, is that of their mean.
+        Exact<S> product = 0;
+        for (int d = lane(); d < head_dim; d += kLanes)
+            product += static_cast<Exact<S>>(omega[d]) * s.landmark_key[d];
+        product = warp_sum(product);
+        if (lane() == 0)
+            static_cast<T*>(p.landmark_entropy)[bh * p.num_landmarks + chunk] =
+                static_cast<T>(static_cast<Exact<S>>(s.log_sum) - scale * product);
     }
 
     __device__ void run() const {

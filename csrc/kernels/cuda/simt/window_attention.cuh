@@ -129,8 +129,12 @@ struct Head {
             const Box members{e[0], e[1], e[2], e[3]};
             if (members.empty() || (p.exclude_window_landmarks && visible.contains(members))) return hidden;
         }
-        return p.landmark_bias ? static_cast<const T*>(p.landmark_bias)[batch * p.num_landmarks + key.index]
-                               : T(0);
+        T total = 0;
+        if (p.landmark_bias)
+            total += static_cast<const T*>(p.landmark_bias)[batch * p.num_landmarks + key.index];
+        if (p.landmark_entropy)
+            total += static_cast<const T*>(p.landmark_entropy)[bh * p.num_landmarks + key.index];
+        return total;
     }
 
     // The factor of dropout.
@@ -368,11 +372,12 @@ __global__ void __launch_bounds__(kThreads) delta_kernel(const AttentionParams p
     if (lane() == 0) static_cast<T*>(p.delta)[row] = delta;
 }
 
-// Gradients of a warp's keys and values, loaded as its rows 0 and 1, over the queries [begin, end).
+// Gradients of a warp's keys and values, loaded as its rows 0 and 1, over the queries [begin, end); and this
+// lane's share of those of what is added to all logits of a key.
 template <class S, class T = Accumulator<S>>
 __device__ void key_gradients(AttentionShared<S>& s, const Head<S>& head, const Entry (&keys)[kRows<T>],
                               const Entries& queries, int begin, int end, SliceRow<T> (&grad_key)[kRows<T>],
-                              SliceRow<T> (&grad_value)[kRows<T>]) {
+                              SliceRow<T> (&grad_value)[kRows<T>], T (&grad_bias)[kRows<T>]) {
     const AttentionParams& p = head.p;
     const int head_dim = static_cast<int>(p.shape.head_dim);
     for (int base = begin; base < end; base += kColumns) {
@@ -396,6 +401,7 @@ __device__ void key_gradients(AttentionShared<S>& s, const Head<S>& head, const 
             const T weight = exp(logit - logsumexp), kept = head.kept(query, keys[r]);
             weights.x[r] = weight * kept;
             grad_logits.x[r] = weight * (grad_weight[r] * kept - delta);
+            grad_bias[r] += grad_logits.x[r];
         }
         s.weights[0][warp()][lane()] = weights;
         s.weights[1][warp()][lane()] = grad_logits;
@@ -440,11 +446,19 @@ __global__ void __launch_bounds__(kThreads) global_key_gradients_kernel(const At
     load_keys<S>(head, keys);
     SliceRow<T> grad_key[kRows<T>], grad_value[kRows<T>];
     const int64_t tokens = g.num_tokens();
+    T grad_bias[kRows<T>] = {};
     key_gradients<S>(s, head, keys, all_tokens(g), static_cast<int>(tokens * piece / p.pieces),
-                     static_cast<int>(tokens * (piece + 1) / p.pieces), grad_key, grad_value);
+                     static_cast<int>(tokens * (piece + 1) / p.pieces), grad_key, grad_value, grad_bias);
 #pragma unroll
     for (int r = 0; r < kRows<T>; ++r) {
         if (first + r >= globals.size()) continue;
+        if (p.grad_landmark_entropy && first + r < p.num_landmarks && blockIdx.y == 0) {
+            const T sum = warp_sum(grad_bias[r]);
+            if (lane() == 0)
+                static_cast<T*>(
+                    p.grad_landmark_entropy)[(head.bh * p.pieces + piece) * p.num_landmarks + first + r] =
+                    sum;
+        }
         const int64_t at = ((head.bh * p.pieces + piece) * globals.size() + first + r) * head_dim;
         for_slice<T>(first_channel<T>(), head_dim, [&](int i, int d) {
             static_cast<T*>(p.grad_global_key)[at + d] = grad_key[r].x[i];
@@ -477,7 +491,8 @@ __global__ void __launch_bounds__(kThreads) key_gradients_kernel(const Attention
         .box = {seeing.y0 * g.window_height, detail::min(seeing.y1 * g.window_height, g.grid_height),
                 seeing.x0 * g.window_width, detail::min(seeing.x1 * g.window_width, g.grid_width)}};
     SliceRow<T> grad_key[kRows<T>], grad_value[kRows<T>];
-    key_gradients<S>(s, head, keys, queries, 0, queries.size(), grad_key, grad_value);
+    T grad_bias[kRows<T>] = {};
+    key_gradients<S>(s, head, keys, queries, 0, queries.size(), grad_key, grad_value, grad_bias);
 
 #pragma unroll
     for (int r = 0; r < kRows<T>; ++r) {
