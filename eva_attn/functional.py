@@ -144,7 +144,7 @@ def eva_attention(
     if query.dim() != 4:
         raise ValueError(f"query: expected [B, H, N, D], got shape {tuple(query.shape)}")
     key, value = expand_heads(query, key, value)
-    _refuse_counts(log_count_bias, is_tangent(projection))
+    refuse_counts(log_count_bias, is_tangent(projection))
     sizes, attention = _options(
         query.shape[0],
         query.shape[2],
@@ -195,7 +195,7 @@ def eva_attention_qkvpacked(
     """
     if qkv.dim() != 5:
         raise ValueError(f"qkv: expected [B, N, 3, H, D], got shape {tuple(qkv.shape)}")
-    _refuse_counts(log_count_bias, is_tangent(projection))
+    refuse_counts(log_count_bias, is_tangent(projection))
     sizes, attention = _options(
         qkv.shape[0],
         qkv.shape[1],
@@ -297,7 +297,7 @@ def window_attention(
     """
     if query.dim() != 4:
         raise ValueError(f"query: expected [B, H, N, D], got shape {tuple(query.shape)}")
-    _refuse_counts(log_count_bias, landmark_entropy is not None)
+    refuse_counts(log_count_bias, landmark_entropy is not None)
     sizes, attention = _options(
         query.shape[0],
         query.shape[2],
@@ -543,12 +543,15 @@ def _projection_weights(projection: "LandmarkProjection | None") -> tuple[list[T
 
 def is_tangent(projection: "LandmarkProjection | None") -> bool:
     """Whether landmarks are tangents, which have no projection."""
-    return projection is not None and getattr(projection, "kind", None) == "tangent"
+    return getattr(projection, "kind", None) == "tangent"
 
 
-def _refuse_counts(log_count_bias: bool, tangent: bool) -> None:
+def refuse_counts(log_count_bias: bool, tangent: bool) -> None:
+    """ValueError for counts of tokens beside the entropy of tangents."""
     if log_count_bias and tangent:
-        raise ValueError("log_count_bias: expected False with tangents, whose entropy stands in its place")
+        raise ValueError(
+            "log_count_bias: expected False with projection = 'tangent', whose entropy stands in for it"
+        )
 
 
 def _registered(module: torch.nn.Module, registry: Mapping[str, Any], name: str) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import decoding, geometry
 from .decoding import DecodingState
-from .functional import draw_noise, eva_attention, eva_attention_qkvpacked
+from .functional import draw_noise, eva_attention, eva_attention_qkvpacked, is_tangent, refuse_counts
 from .geometry import Pair, Size
 
 _PROJECTION_KINDS = ("linear-layernorm", "linear", "key-only", "identity", "tangent")
@@ -122,10 +122,7 @@ class _EVA(nn.Module):
             raise ValueError(f"attn_drop: expected a probability in [0, 1), got {attn_drop}")
         if relative_bias not in (None, "table", "t5"):
             raise ValueError(f"relative_bias: expected None, 'table' or 't5', got {relative_bias!r}")
-        if projection == "tangent" and log_count_bias:
-            raise ValueError(
-                "log_count_bias: expected False with projection = 'tangent', whose entropy stands in for it"
-            )
+        refuse_counts(log_count_bias, projection == "tangent")
 
         self.num_heads = num_heads
         self.head_dim = head_dim
@@ -582,7 +579,7 @@ class CausalEVAttention(_ProjectedEVA):
             window_size=self.window_size,
             chunk_size=self.chunk_size,
             overlap=self.overlap,
-            tangent=self.landmark_projection.kind == "tangent",
+            tangent=is_tangent(self.landmark_projection),
             device=weight.device,
             dtype=weight.dtype,
         )
@@ -598,7 +595,7 @@ class CausalEVAttention(_ProjectedEVA):
                 f"state: expected windows {expected} and chunks of {self.chunk_size} tokens, "
                 f"got {tuple(state.window_key.shape)} and {state.chunk_size}"
             )
-        if (state.landmark_entropy is not None) != (self.landmark_projection.kind == "tangent"):
+        if (state.landmark_entropy is not None) != is_tangent(self.landmark_projection):
             raise ValueError(
                 f"state: expected one made for projection = {self.landmark_projection.kind!r}, got one "
                 f"{'without' if state.landmark_entropy is None else 'with'} entropies of tangents"
