@@ -13,7 +13,7 @@ void forward(const Call& call, const Tensors<7>& outputs) {
         outputs;
     const Geometry geometry = concrete(call.geometry);
     Summary summary(call, geometry, key_mean, query_mean, landmark_entropy);
-    const OptionalTensor entropy = call.summary.tangent ? OptionalTensor(landmark_entropy) : std::nullopt;
+    const OptionalTensor entropy = entropy_of(call, landmark_entropy);
     const Attention attention(call, geometry, landmark_key, landmark_value, entropy, output, logsumexp);
     std::vector<Stage> stages{summary.forward(landmark_key, landmark_value)};
     attention.forward(stages);
@@ -27,7 +27,7 @@ void backward(const Call& call, const Tensor& grad_output, const Tensors<7>& out
     const auto& [grad_query, grad_key, grad_value, w0, w1, w2, w3, w4, w5, w6, w7, grad_relative_bias] =
         gradients;
     const Geometry geometry = concrete(call.geometry);
-    const OptionalTensor entropy = call.summary.tangent ? OptionalTensor(landmark_entropy) : std::nullopt;
+    const OptionalTensor entropy = entropy_of(call, landmark_entropy);
     Attention attention(call, geometry, landmark_key, landmark_value, entropy, output, logsumexp);
     Summary summary(call, geometry, key_mean, query_mean, landmark_entropy);
     std::vector<Stage> stages;

@@ -9,7 +9,7 @@ namespace {
 void forward(const Call& call, const Tensors<7>& outputs) {
     const auto& [output, logsumexp, landmark_key, landmark_value, key_mean, query_mean, landmark_entropy] =
         outputs;
-    const OptionalTensor entropy = call.summary.tangent ? OptionalTensor(landmark_entropy) : std::nullopt;
+    const OptionalTensor entropy = entropy_of(call, landmark_entropy);
     const Geometry geometry = concrete(call.geometry);
     run(EvaAttention::kName, call, [&](cudaStream_t stream) {
         Summary(call, geometry, key_mean, query_mean, landmark_entropy)
@@ -22,7 +22,7 @@ void backward(const Call& call, const Tensor& grad_output, const Tensors<7>& out
               const Tensors<12>& gradients) {
     const auto& [output, logsumexp, landmark_key, landmark_value, key_mean, query_mean, landmark_entropy] =
         outputs;
-    const OptionalTensor entropy = call.summary.tangent ? OptionalTensor(landmark_entropy) : std::nullopt;
+    const OptionalTensor entropy = entropy_of(call, landmark_entropy);
     const auto& [grad_query, grad_key, grad_value, w0, w1, w2, w3, w4, w5, w6, w7, grad_relative_bias] =
         gradients;
     const Geometry geometry = concrete(call.geometry);

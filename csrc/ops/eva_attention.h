@@ -62,6 +62,11 @@ struct EvaAttentionQkvpacked {
     static constexpr bool has_gradient(size_t tensor) { return tensor < 9 || tensor == 10; }
 };
 
+// Of the output that is empty without tangents.
+inline OptionalTensor entropy_of(const Call& call, const Tensor& landmark_entropy) {
+    return call.summary.tangent ? OptionalTensor(landmark_entropy) : std::nullopt;
+}
+
 // Check everything and allocate what the op returns.
 Tensors<7> prepare_eva_attention(const Call& call);
 // grad_query, grad_key and grad_value, if given, are views to be written.
