@@ -2,7 +2,8 @@
 
 Environment variables:
     CUDA_HOME             CUDA toolkit (default: that of the nvcc on PATH, then /usr/local/cuda)
-    TORCH_CUDA_ARCH_LIST  GPU architectures (default: DEFAULT_ARCHES below, as far as nvcc knows them)
+    TORCH_CUDA_ARCH_LIST  GPU architectures, as torch reads it (default: DEFAULT_ARCHES below, as far as nvcc
+                          knows them)
     EVA_ATTN_CUDA=0       build for the CPU only, even where nvcc is found
     FORCE_CUDA=1          fail, rather than build for the CPU only, where CUDA kernels cannot be compiled
     EVA_ATTN_SANITIZE=1   AddressSanitizer and UndefinedBehaviorSanitizer
@@ -78,6 +79,21 @@ def arches_known_to(nvcc):
     )
 
 
+def default_gencode(arches):
+    """nvcc's flags for `arches`, those for one GPU alone ("9.0a") apart.
+
+    The kernels ask for no feature beyond the first of the others, so that all those share one pass of the
+    compiler proper, which takes longer than the assembler.
+    """
+    numbers = [arch.removesuffix("+PTX").replace(".", "") for arch in arches.split(";")]
+    shared = next(number for number in numbers if number.isdigit())
+    flags = [
+        f"-gencode=arch=compute_{shared if number.isdigit() else number},code=sm_{number}"
+        for number in numbers
+    ]
+    return [*flags, *([f"-gencode=arch=compute_{shared},code=compute_{shared}"] if "+PTX" in arches else [])]
+
+
 def c_string(text):
     return "nullptr" if text is None else json.dumps(text)
 
@@ -92,10 +108,13 @@ else:
     requirement = "torch=={}.{}.*".format(*release)
 
     cuda_home, cuda_version, cpu_only_reason = find_cuda()
-    arches = None
+    arches, gencode = None, []
     if cuda_home:
         os.environ["CUDA_HOME"] = str(cuda_home)
-        arches = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", arches_known_to(cuda_home / "bin/nvcc"))
+        arches = os.environ.get("TORCH_CUDA_ARCH_LIST")
+        if not arches:
+            arches = arches_known_to(cuda_home / "bin/nvcc")
+            gencode = default_gencode(arches)  # with which torch adds none of its own
     elif os.environ.get("FORCE_CUDA") == "1":
         raise SystemExit(f"eva_attn: FORCE_CUDA=1 was set, but {cpu_only_reason}")
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
@@ -162,7 +181,8 @@ else:
 
     # torch's own flags take half and bfloat16 conversions and operators away.
     taken = ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
-    nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", *(f"-U__CUDA_NO_{name}__" for name in taken)]
+    nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", *gencode]
+    nvcc += [f"-U__CUDA_NO_{name}__" for name in taken]
     nvcc += ["-Xfatbin", "-compress-all"]  # a quarter of the size
     nvcc += ["-Xcompiler", "-g0,-fvisibility=hidden,-Wall,-Wextra", *system_includes]
 
