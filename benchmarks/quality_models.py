@@ -92,6 +92,10 @@ VARIANTS: dict[str, MakeAttention] = {
     "EVA, linear": eva(projection="linear"),
     "EVA, key-only": eva(projection="key-only"),
     "EVA, identity": eva(projection="identity"),
+    "EVA, tangent": eva(projection="tangent"),
+    "EVA, tangent, excluded, no noise": eva(
+        NoiselessEVA, projection="tangent", exclude_window_landmarks=True
+    ),
     "EVA, table bias": eva(relative_bias="table"),
     "EVA, overlap 3": eva(overlap=3),
     "EVA, chunk overlap 1": eva(chunk_overlap=1),

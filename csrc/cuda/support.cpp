@@ -7,12 +7,6 @@
 namespace eva_attn::cuda {
 namespace {
 
-// The tensor-core kernels leave the queries of the prefix out.
-void tensor_core_attention_fwd(DType dtype, const AttentionParams& params, cudaStream_t stream) {
-    mma::window_attention_fwd(dtype, params, stream);
-    simt::prefix_attention_fwd(dtype, params, stream);
-}
-
 // `reason` is why tensor cores do not take a problem; said once, where that costs several times the time.
 bool on_tensor_cores(DType dtype, const char* reason) {
     if (reason && dtype != DType::kFloat && dtype != DType::kDouble) {
@@ -28,7 +22,7 @@ SummaryForward forward_for(DType dtype, const SummaryParams& params) {
                                                                 : simt::chunk_summary_fwd;
 }
 AttentionForward forward_for(DType dtype, const AttentionParams& params) {
-    return on_tensor_cores(dtype, mma::supports(dtype, params)) ? tensor_core_attention_fwd
+    return on_tensor_cores(dtype, mma::supports(dtype, params)) ? mma::window_attention_fwd
                                                                 : simt::window_attention_fwd;
 }
 

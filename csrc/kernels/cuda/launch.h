@@ -25,8 +25,6 @@ void chunk_summary_bwd(DType, const SummaryParams&, cudaStream_t);
 void chunk_terms(DType, const TermsParams&, cudaStream_t);
 
 void window_attention_fwd(DType, const AttentionParams&, cudaStream_t);
-// Of the prefix's queries alone, which the tensor-core kernels leave out.
-void prefix_attention_fwd(DType, const AttentionParams&, cudaStream_t);
 // delta, then grad_global_key and grad_global_value.
 void window_attention_bwd_global(DType, const AttentionParams&, cudaStream_t);
 // grad_query, grad_key, grad_value (chunk terms included) and grad_relative_bias.

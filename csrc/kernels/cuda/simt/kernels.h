@@ -13,7 +13,6 @@ struct Kernels {
     static void chunk_summary_bwd(const SummaryParams&, cudaStream_t);
     static void chunk_terms(const TermsParams&, cudaStream_t);
     static void window_attention_fwd(const AttentionParams&, cudaStream_t);
-    static void prefix_attention_fwd(const AttentionParams&, cudaStream_t);
     static void window_attention_bwd_global(const AttentionParams&, cudaStream_t);
     static void window_attention_bwd(const AttentionParams&, cudaStream_t);
 };

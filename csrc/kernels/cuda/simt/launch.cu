@@ -106,9 +106,6 @@ void chunk_terms(DType dtype, const TermsParams& p, cudaStream_t stream) {
 void window_attention_fwd(DType dtype, const AttentionParams& p, cudaStream_t stream) {
     dispatch(dtype, [&](auto kernels) { kernels.window_attention_fwd(p, stream); });
 }
-void prefix_attention_fwd(DType dtype, const AttentionParams& p, cudaStream_t stream) {
-    dispatch(dtype, [&](auto kernels) { kernels.prefix_attention_fwd(p, stream); });
-}
 void window_attention_bwd_global(DType dtype, const AttentionParams& p, cudaStream_t stream) {
     dispatch(dtype, [&](auto kernels) { kernels.window_attention_bwd_global(p, stream); });
 }

@@ -286,15 +286,13 @@ struct QueryTile {
 };
 
 template <class S, class T = Accumulator<S>>
-__global__ void __launch_bounds__(kThreads)
-    window_attention_fwd_kernel(const AttentionParams p, int64_t first_tile) {
+__global__ void __launch_bounds__(kThreads) window_attention_fwd_kernel(const AttentionParams p) {
     __shared__ AttentionShared<S> s;
     const Geometry& g = p.shape.geometry;
     const int head_dim = static_cast<int>(p.shape.head_dim);
     const QueryTiles tiles(g, kTileRows<T>);
-    const int64_t num_tiles = tiles.count - first_tile;
-    const Head<S> head(p, blockIdx.x / num_tiles);
-    const QueryTile<T> tile(p, tiles, first_tile + blockIdx.x % num_tiles);
+    const Head<S> head(p, blockIdx.x / tiles.count);
+    const QueryTile<T> tile(p, tiles, blockIdx.x % tiles.count);
     if (tile.first >= tile.queries.size()) return;
 
     Entry query[kRows<T>];
@@ -633,15 +631,7 @@ void launch_slices(void (*kernel)(Arguments...), int64_t blocks, int operands, c
 template <class S>
 void Kernels<S>::window_attention_fwd(const AttentionParams& p, cudaStream_t stream) {
     const int64_t tiles = QueryTiles(p.shape.geometry, kTileRows<Accumulator<S>>).count;
-    launch_slices<S>(window_attention_fwd_kernel<S>, p.shape.batch * p.shape.heads * tiles, 1, stream, p, p,
-                     0);
-}
-template <class S>
-void Kernels<S>::prefix_attention_fwd(const AttentionParams& p, cudaStream_t stream) {
-    const QueryTiles tiles(p.shape.geometry, kTileRows<Accumulator<S>>);
-    launch_slices<S>(window_attention_fwd_kernel<S>,
-                     p.shape.batch * p.shape.heads * (tiles.count - tiles.of_windows), 1, stream, p, p,
-                     tiles.of_windows);
+    launch_slices<S>(window_attention_fwd_kernel<S>, p.shape.batch * p.shape.heads * tiles, 1, stream, p, p);
 }
 
 template <class S>
