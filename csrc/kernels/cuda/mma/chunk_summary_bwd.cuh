@@ -13,46 +13,69 @@ __device__ inline float parameter(const Projection& a, const void* data, int i) 
     return static_cast<float>(static_cast<const S*>(data)[i]);
 }
 
-// [rows, kColumns] of floats; groups of eight columns are permuted by the row, so that neither eight rows of
-// a column nor pairs of columns of four rows meet in a bank.
-template <int kColumns>
+// [rows, kColumns] of floats, whose columns are permuted by the row. Of rows of chunks neither four columns
+// of two rows, nor pairs of columns of four rows, nor eight columns of every other row of eight meet in a
+// bank; of weights neither pairs of columns of the rows nor every other row of the columns that products take
+// together.
+template <int kColumns, bool kIsWeight = false>
 struct FloatTile {
     float* data;
 
     __device__ float* at(int row, int column) const {
-        return data + row * kColumns + (column ^ ((row & 3) ^ (row >> 2 & 1)) * 8);
+        const int permutation = kIsWeight ? (row & 1) * 8 + (row & 2) + (row & 4) * 4
+                                          : ((row ^ row >> 2) & 1) * 16 + (row & 2) * 4;
+        return data + row * kColumns + (column ^ permutation);
     }
     __device__ float2& pair(int row, int column) const { return *reinterpret_cast<float2*>(at(row, column)); }
+    __device__ float4& four(int row, int column) const {
+        static_assert(!kIsWeight);
+        return *reinterpret_cast<float4*>(at(row, column));
+    }
 };
 
-// The means of up to kMaxChunks chunks go through the projections together: a warp takes 16 of them, and one
-// of the two projections. Numbers are in registers as in a product's result: [columns / 8][4].
+// Numbers of rows are in registers as in a product's result, [columns / 8][4], with the columns dealt such
+// that a lane has four in line: column_of(n, e) is that of number e of tile n.
+__device__ inline int column_of(int n, int e) {
+    return 16 * (n / 2) + threadIdx.x % 4 * 4 + n % 2 * 2 + e % 2;
+}
+
+// The means of up to kMaxChunks chunks go through the projections together: a warp takes 16 of them, one of
+// the two projections and kPartColumns columns of the results.
 template <class S_, int kHeadDim_>
 struct ProjectionTraits {
     using S = S_;
     static constexpr int kHeadDim = kHeadDim_;
-    static constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
-    static constexpr int kCtasPerSm = kHeadDim == 64 ? 2 : 1;
     static constexpr int kTiles = kHeadDim / 8;
-    static constexpr int kRowTiles = kHeadDim == 64 ? 4 : 2;
-    static constexpr int kMaxChunks = 16 * kRowTiles;
+    static constexpr int kRowTiles = 2, kMaxChunks = 16 * kRowTiles;
+    static constexpr int kPartColumns = 32, kParts = kHeadDim / kPartColumns, kPartTiles = kPartColumns / 8;
+    static constexpr int kWarps = kRowTiles * 2 * kParts, kThreads = kWarps * kWarpSize;
+    static constexpr int kCtasPerSm = kHeadDim == 64 ? 2 : 1;
+    static constexpr int kStages = kHeadDim == 64 ? 2 : 1;
     static constexpr bool kKeepWeights = kHeadDim == 64; // in shared memory
-    // Gradient of a Linear's weight: 16 rows of it make a tile.
-    static constexpr int kWeightTiles = 2 * kHeadDim / 16 / kWarps;
+    // Gradient of a Linear's weight: a warp takes 16 rows of one.
+    static_assert(kWarps * 16 == 2 * kHeadDim);
 
     // Of the key's projection, of the query's. Factors of products are rounded to tf32.
     struct Weights {
         float weight[2][kKeepWeights ? kHeadDim * kHeadDim : 2];
-        float bias[2][kHeadDim], norm_weight[2][kHeadDim], norm_bias[2][kHeadDim];
+        float bias[2][kHeadDim], norm_weight[2][kHeadDim];
     };
+    static constexpr int kOmegaWarps = 8, kOmegaThreads = kOmegaWarps * kWarpSize;
     struct OmegaShared {
         Weights weights;
-        float mean[kWarps][16 * kHeadDim];
+        float norm_bias[2][kHeadDim];
+        float mean[kOmegaWarps][16 * kHeadDim];
+    };
+    struct Stage {
+        float mean[2][kMaxChunks * kHeadDim];
+        // Of landmark keys and of mu, in whose places the gradients of the Linears' outputs are left.
+        float grad[2][kMaxChunks * kHeadDim];
     };
     struct Shared {
         Weights weights;
-        float mean[2][kMaxChunks * kHeadDim];
-        float grad_linear[2][kMaxChunks * kHeadDim];
+        // Of parts of rows, before the normalisation and of its gradient.
+        float2 sums[2][2][kMaxChunks][kParts];
+        Stage stage[kStages];
     };
 };
 
@@ -84,9 +107,8 @@ __device__ inline int count_branches(const SummaryParams& p) {
     return !p.has_projection ? 0 : p.has_query_projection ? 2 : 1;
 }
 
-template <class Traits, class Weight>
+template <int kHeadDim, int kThreads, class Weight>
 __device__ inline void load_linear(float* shared, const Weight* weight, int head_dim) {
-    constexpr int kHeadDim = Traits::kHeadDim, kThreads = Traits::kThreads;
     constexpr int kCount = kHeadDim * kHeadDim / 4 / kThreads;
     float4 x[kCount];
     const auto row = [](int i) { return static_cast<int>(threadIdx.x + i * kThreads) / (kHeadDim / 4); };
@@ -95,13 +117,17 @@ __device__ inline void load_linear(float* shared, const Weight* weight, int head
     for (int i = 0; i < kCount; ++i)
         x[i] = row(i) < head_dim && column < head_dim ? load4(weight + row(i) * head_dim + column) : float4{};
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-        *reinterpret_cast<float4*>(FloatTile<kHeadDim>{shared}.at(row(i), column)) = make_float4(
-            round_to_tf32(x[i].x), round_to_tf32(x[i].y), round_to_tf32(x[i].z), round_to_tf32(x[i].w));
+    for (int i = 0; i < kCount; ++i) {
+        const FloatTile<kHeadDim, true> tile{shared};
+        tile.pair(row(i), column) = make_float2(round_to_tf32(x[i].x), round_to_tf32(x[i].y));
+        tile.pair(row(i), column + 2) = make_float2(round_to_tf32(x[i].z), round_to_tf32(x[i].w));
+    }
 }
 
-template <class Traits>
-__device__ inline void load_projections(const SummaryParams& p, typename Traits::Weights& weights) {
+// The LayerNorms' biases where they have a place.
+template <class Traits, int kThreads>
+__device__ inline void load_projections(const SummaryParams& p, typename Traits::Weights& weights,
+                                        float (*norm_biases)[Traits::kHeadDim] = nullptr) {
     using S = typename Traits::S;
     constexpr int kHeadDim = Traits::kHeadDim;
     const int head_dim = static_cast<int>(p.shape.head_dim), branches = count_branches(p);
@@ -109,9 +135,11 @@ __device__ inline void load_projections(const SummaryParams& p, typename Traits:
         const Projection& a = branch ? p.query_projection : p.key_projection;
         if constexpr (Traits::kKeepWeights) {
             if (a.dtype == DType::kFloat) {
-                load_linear<Traits>(weights.weight[branch], static_cast<const float*>(a.weight), head_dim);
+                load_linear<kHeadDim, kThreads>(weights.weight[branch], static_cast<const float*>(a.weight),
+                                                head_dim);
             } else {
-                load_linear<Traits>(weights.weight[branch], static_cast<const S*>(a.weight), head_dim);
+                load_linear<kHeadDim, kThreads>(weights.weight[branch], static_cast<const S*>(a.weight),
+                                                head_dim);
             }
         }
     }
@@ -124,32 +152,37 @@ __device__ inline void load_projections(const SummaryParams& p, typename Traits:
     const float norm_bias = inside && a.norm_bias ? parameter<S>(a, a.norm_bias, i) : 0.0f;
     weights.bias[branch][i] = bias;
     weights.norm_weight[branch][i] = norm_weight;
-    weights.norm_bias[branch][i] = norm_bias;
+    if (norm_biases) norm_biases[branch][i] = norm_bias;
 }
 
-// 16 rows of head_dim floats, of which `count` exist; row i is number row_of(first + i).
-template <int kTiles, class RowOf>
-__device__ inline void load_rows(float (&x)[kTiles][4], const void* rows, int first, int count, int head_dim,
-                                 const RowOf& row_of) {
-    const int group = threadIdx.x % kWarpSize / 4, pair = threadIdx.x % 4 * 2;
+// 16 rows of head_dim floats from row `first` onward, of which `count` exist.
+template <int kTiles>
+__device__ inline void load_rows(float (&x)[kTiles][4], const void* rows, int first, int count,
+                                 int head_dim) {
+    const int group = threadIdx.x % kWarpSize / 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const float* const from =
-            static_cast<const float*>(rows) + row_of(first + group + 8 * r) * head_dim + pair;
+        const float* const from = static_cast<const float*>(rows) + int64_t{first + group + 8 * r} * head_dim;
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-            const bool exists = group + 8 * r < count && 8 * n < head_dim;
-            const float2 y = exists ? *reinterpret_cast<const float2*>(from + 8 * n) : float2{};
-            x[n][2 * r] = y.x;
-            x[n][2 * r + 1] = y.y;
+        for (int n = 0; n < kTiles; n += 2) {
+            const bool exists = group + 8 * r < count && column_of(n, 0) < head_dim;
+            const float4 y = exists ? *reinterpret_cast<const float4*>(from + column_of(n, 0)) : float4{};
+            x[n][2 * r] = y.x, x[n][2 * r + 1] = y.y, x[n + 1][2 * r] = y.z, x[n + 1][2 * r + 1] = y.w;
         }
     }
 }
 
-template <int kTiles>
-__device__ inline void load_rows(float (&x)[kTiles][4], const void* rows, int first, int count,
-                                 int head_dim) {
-    load_rows(x, rows, first, count, head_dim, [](int row) { return int64_t{row}; });
+// x += 16 rows of a tile.
+template <int kTiles, int kColumns>
+__device__ inline void add_rows(float (&x)[kTiles][4], FloatTile<kColumns> tile, int row, int first_column) {
+    const int group = threadIdx.x % kWarpSize / 4;
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 2)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float4 y = tile.four(row + group + 8 * r, first_column + column_of(n, 0));
+            x[n][2 * r] += y.x, x[n][2 * r + 1] += y.y, x[n + 1][2 * r] += y.z, x[n + 1][2 * r + 1] += y.w;
+        }
 }
 
 // A step of eight of a product of 16 rows: its factors' columns 0 .. 7 come in the order 0, 2, 4, 6, 1, 3,
@@ -161,37 +194,42 @@ __device__ inline void multiply_add_step(float (&c)[4], const float (&a)[4], con
 }
 
 // Keeps 16 rows, rounded, as a product's first factor.
-template <int kTiles>
-__device__ inline void store_factor(FloatTile<8 * kTiles> tile, int row, const float (&x)[kTiles][4]) {
-    const int group = threadIdx.x % kWarpSize / 4, pair = threadIdx.x % 4 * 2;
+template <int kTiles, int kColumns>
+__device__ inline void store_factor(FloatTile<kColumns> tile, int row, int first_column,
+                                    const float (&x)[kTiles][4]) {
+    const int group = threadIdx.x % kWarpSize / 4;
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n)
+    for (int n = 0; n < kTiles; n += 2)
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-            tile.pair(row + group + 8 * r, 8 * n + pair) =
-                make_float2(round_to_tf32(x[n][2 * r]), round_to_tf32(x[n][2 * r + 1]));
+            tile.four(row + group + 8 * r, first_column + column_of(n, 0)) =
+                make_float4(round_to_tf32(x[n][2 * r]), round_to_tf32(x[n][2 * r + 1]),
+                            round_to_tf32(x[n + 1][2 * r]), round_to_tf32(x[n + 1][2 * r + 1]));
     __syncwarp();
 }
 
-// y += A W, or A W^T: 16 rows of `a` from `row` onward; W from `kept`, or where nothing is, from `weight`.
-template <class Traits, bool kTransposed, class Weight>
-__device__ inline void multiply_weight(float (&y)[Traits::kTiles][4], FloatTile<Traits::kHeadDim> a, int row,
-                                       const float* kept, const Weight* weight, int head_dim) {
-    constexpr int kHeadDim = Traits::kHeadDim, kTiles = Traits::kTiles;
-    const FloatTile<kHeadDim> tile{const_cast<float*>(kept)};
+// y += A W, or A W^T, of which y has the columns from `first_column` onward: 16 rows of `a` from `row`
+// onward; W from `kept`, or where nothing is, from `weight`.
+template <class Traits, bool kTransposed, int kTiles, class Weight>
+__device__ inline void multiply_weight(float (&y)[kTiles][4], FloatTile<Traits::kHeadDim> a, int row,
+                                       int first_column, const float* kept, const Weight* weight,
+                                       int head_dim) {
+    constexpr int kHeadDim = Traits::kHeadDim;
+    const FloatTile<kHeadDim, true> tile{const_cast<float*>(kept)};
     const int group = threadIdx.x % kWarpSize / 4, pair = threadIdx.x % 4 * 2;
+    const int own_column = first_column + group / 2 * 4 + group % 2;
 #pragma unroll 2
-    for (int k = 0; k < kTiles; ++k) {
+    for (int k = 0; k < kHeadDim / 8; ++k) {
         const float2 upper = a.pair(row + group, 8 * k + pair), lower = a.pair(row + group + 8, 8 * k + pair);
         const float factor[4] = {upper.x, upper.y, lower.x, lower.y};
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
-            const int own = 8 * n + group, common = 8 * k + pair;
+            const int own = own_column + 16 * (n / 2) + n % 2 * 2, common = 8 * k + pair;
             float2 w{};
             if constexpr (Traits::kKeepWeights) {
                 w = kTransposed ? tile.pair(own, common)
                                 : make_float2(*tile.at(common, own), *tile.at(common + 1, own));
-            } else if (8 * n < head_dim && 8 * k < head_dim) {
+            } else if (own < head_dim && 8 * k < head_dim) {
                 const Weight* const from =
                     weight + (kTransposed ? own * head_dim + common : common * head_dim + own);
                 w = make_float2(round_to_tf32(static_cast<float>(from[0])),
@@ -201,35 +239,42 @@ __device__ inline void multiply_weight(float (&y)[Traits::kTiles][4], FloatTile<
         }
     }
 }
-template <class Traits, bool kTransposed>
-__device__ inline void multiply_weight(float (&y)[Traits::kTiles][4], FloatTile<Traits::kHeadDim> a, int row,
-                                       const SummaryParams& p, const typename Traits::Weights& weights,
-                                       int branch) {
+template <class Traits, bool kTransposed, int kTiles>
+__device__ inline void multiply_weight(float (&y)[kTiles][4], FloatTile<Traits::kHeadDim> a, int row,
+                                       int first_column, const SummaryParams& p,
+                                       const typename Traits::Weights& weights, int branch) {
     using S = typename Traits::S;
     const Projection& projection = branch ? p.query_projection : p.key_projection;
     const int head_dim = static_cast<int>(p.shape.head_dim);
     const float* const kept = weights.weight[branch];
     if (Traits::kKeepWeights || projection.dtype == DType::kFloat) {
-        multiply_weight<Traits, kTransposed>(y, a, row, kept, static_cast<const float*>(projection.weight),
-                                             head_dim);
+        multiply_weight<Traits, kTransposed>(y, a, row, first_column, kept,
+                                             static_cast<const float*>(projection.weight), head_dim);
     } else {
-        multiply_weight<Traits, kTransposed>(y, a, row, kept, static_cast<const S*>(projection.weight),
-                                             head_dim);
+        multiply_weight<Traits, kTransposed>(y, a, row, first_column, kept,
+                                             static_cast<const S*>(projection.weight), head_dim);
     }
+}
+
+// Of 16 means columns of the Linear's output.
+template <class Traits, int kTiles>
+__device__ inline void apply_linear(float (&y)[kTiles][4], FloatTile<Traits::kHeadDim> means, int row,
+                                    int first_column, const SummaryParams& p,
+                                    const typename Traits::Weights& weights, int branch) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) y[n][e] = weights.bias[branch][first_column + column_of(n, e)];
+    multiply_weight<Traits, true>(y, means, row, first_column, p, weights, branch);
 }
 
 // Of 16 means the output of the Linear, normalised where there is a LayerNorm.
 template <class Traits>
-__device__ inline void project(float (&y)[Traits::kTiles][4], float (&rstd)[2],
-                               FloatTile<Traits::kHeadDim> means, int row, const SummaryParams& p,
-                               const typename Traits::Weights& weights, int branch) {
+__device__ inline void project(float (&y)[Traits::kTiles][4], FloatTile<Traits::kHeadDim> means,
+                               const SummaryParams& p, const typename Traits::Weights& weights, int branch) {
     constexpr int kTiles = Traits::kTiles;
-    const int head_dim = static_cast<int>(p.shape.head_dim), pair = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) y[n][e] = weights.bias[branch][8 * n + pair + e % 2];
-    multiply_weight<Traits, true>(y, means, row, p, weights, branch);
+    const int head_dim = static_cast<int>(p.shape.head_dim);
+    apply_linear<Traits>(y, means, 0, 0, p, weights, branch);
     if (!has_norm(p, branch)) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -241,13 +286,13 @@ __device__ inline void project(float (&y)[Traits::kTiles][4], float (&rstd)[2],
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
             for (int e = 2 * r; e < 2 * r + 2; ++e) {
-                y[n][e] = 8 * n < head_dim ? y[n][e] - center : 0.0f;
+                y[n][e] = column_of(n, e) < head_dim ? y[n][e] - center : 0.0f;
                 variance += y[n][e] * y[n][e];
             }
         variance = quad_sum(variance) / head_dim;
-        rstd[r] = 1.0f / sqrtf(variance + static_cast<float>(p.norm_eps));
+        const float rstd = 1.0f / sqrtf(variance + static_cast<float>(p.norm_eps));
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) y[n][2 * r] *= rstd[r], y[n][2 * r + 1] *= rstd[r];
+        for (int n = 0; n < kTiles; ++n) y[n][2 * r] *= rstd, y[n][2 * r + 1] *= rstd;
     }
 }
 
@@ -280,53 +325,53 @@ __device__ inline void sum_pieces(const SummaryParams& p, const SummaryGradPlan&
 
 // omega, in mu_rows, and the sums of the landmark gradients' pieces.
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
+__global__ void __launch_bounds__(Traits::kOmegaThreads, Traits::kCtasPerSm)
     chunk_omega_kernel(const __grid_constant__ SummaryParams p,
                        const __grid_constant__ SummaryGradPlan plan) {
-    constexpr int kTiles = Traits::kTiles, kWarps = Traits::kWarps;
+    constexpr int kTiles = Traits::kTiles, kWarps = Traits::kOmegaWarps;
     extern __shared__ __align__(1024) char memory[];
     auto& shared = *reinterpret_cast<typename Traits::OmegaShared*>(memory);
     auto& weights = shared.weights;
     const int head_dim = static_cast<int>(p.shape.head_dim), branches = count_branches(p);
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    const int group = lane / 4, pair = lane % 4 * 2;
-    load_projections<Traits>(p, weights);
-    sum_pieces<Traits::kThreads>(p, plan, p.grad_landmark_value);
-    sum_pieces<Traits::kThreads>(p, plan, p.grad_landmark_key);
+    const int group = lane / 4;
+    load_projections<Traits, Traits::kOmegaThreads>(p, weights, shared.norm_bias);
+    sum_pieces<Traits::kOmegaThreads>(p, plan, p.grad_landmark_value);
+    sum_pieces<Traits::kOmegaThreads>(p, plan, p.grad_landmark_key);
     __syncthreads();
     for (int first = 16 * (blockIdx.x * kWarps + warp); first < plan.total;
          first += 16 * gridDim.x * kWarps) {
         float omega[kTiles][4] = {};
         if (p.noise) load_rows(omega, p.noise, first, plan.total - first, head_dim);
         for (int branch = 0; branch < 2 && (!p.has_projection || p.has_query_projection); ++branch) {
-            float y[kTiles][4], rstd[2];
+            float y[kTiles][4];
             load_rows(y, branch ? p.query_mean : p.key_mean, first, plan.total - first, head_dim);
             if (branches > 0) {
                 const FloatTile<Traits::kHeadDim> means{shared.mean[warp]};
                 __syncwarp();
-                store_factor(means, 0, y);
-                project<Traits>(y, rstd, means, 0, p, weights, branch);
+                store_factor(means, 0, 0, y);
+                project<Traits>(y, means, p, weights, branch);
             }
             const float factor = static_cast<float>(p.mu_scale);
 #pragma unroll
             for (int n = 0; n < kTiles; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const int d = 8 * n + pair + e % 2;
+                    const int d = column_of(n, e);
                     omega[n][e] +=
-                        factor * (y[n][e] * weights.norm_weight[branch][d] + weights.norm_bias[branch][d]);
+                        factor * (y[n][e] * weights.norm_weight[branch][d] + shared.norm_bias[branch][d]);
                 }
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int chunk = first + group + 8 * r;
             if (chunk >= plan.total) continue;
-            float* const to = static_cast<float*>(p.mu_rows) + int64_t{chunk} * head_dim + pair;
+            float* const to = static_cast<float*>(p.mu_rows) + int64_t{chunk} * head_dim;
 #pragma unroll
-            for (int n = 0; n < kTiles; ++n)
-                if (8 * n < head_dim)
-                    *reinterpret_cast<float2*>(to + 8 * n) =
-                        make_float2(omega[n][2 * r], omega[n][2 * r + 1]);
+            for (int n = 0; n < kTiles; n += 2)
+                if (column_of(n, 0) < head_dim)
+                    *reinterpret_cast<float4*>(to + column_of(n, 0)) = make_float4(
+                        omega[n][2 * r], omega[n][2 * r + 1], omega[n + 1][2 * r], omega[n + 1][2 * r + 1]);
         }
     }
 }
@@ -572,7 +617,32 @@ __device__ inline void add_columns(float (&sums)[kTiles / 4], const float (&rows
 template <int kTiles>
 __device__ inline int summed_column(int i) {
     const int lane = threadIdx.x % kWarpSize, index = lane / 4 * (kTiles / 4) + i;
-    return index / 2 * 8 + lane % 4 * 2 + index % 2;
+    return column_of(index / 2, index % 2);
+}
+
+// Begins to copy what the projections' gradients need of a group of chunks.
+template <class Traits>
+__device__ inline void load_group(const SummaryParams& p, const SummaryGradPlan& plan,
+                                  typename Traits::Stage& stage, int first) {
+    constexpr int kLanes = Traits::kHeadDim / 4, kRows = Traits::kThreads / kLanes;
+    using RowTile = FloatTile<Traits::kHeadDim>;
+    const int head_dim = static_cast<int>(p.shape.head_dim), branches = count_branches(p);
+    const int count = min(plan.group, plan.total - first);
+    const int column = threadIdx.x % kLanes * 4;
+#pragma unroll
+    for (int i = 0; i < Traits::kMaxChunks / kRows; ++i) {
+        const int row = threadIdx.x / kLanes + i * kRows;
+        const bool exists = row < count && column < head_dim;
+        const int64_t at = int64_t{first + row} * head_dim + column;
+        const auto copy = [&](float* tile, const void* rows, int64_t from) {
+            copy_async(RowTile{tile}.at(row, column), static_cast<const float*>(rows) + from, exists);
+        };
+        copy(stage.grad[0], p.grad_landmark_key, landmark_row(p, plan, first + row) * head_dim + column);
+        copy(stage.grad[1], p.mu_rows, at);
+        if (branches > 0) copy(stage.mean[0], p.key_mean, at);
+        if (branches > 1) copy(stage.mean[1], p.query_mean, at);
+    }
+    copy_commit();
 }
 
 // From the gradients of landmark keys and of mu to those of the means and of the projections.
@@ -581,7 +651,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     chunk_projections_bwd_kernel(const __grid_constant__ SummaryParams p,
                                  const __grid_constant__ SummaryGradPlan plan) {
     using S = typename Traits::S;
-    constexpr int kHeadDim = Traits::kHeadDim, kTiles = Traits::kTiles, kSums = kTiles / 4;
+    constexpr int kHeadDim = Traits::kHeadDim, kTiles = Traits::kTiles, kParts = Traits::kParts,
+                  kPartTiles = Traits::kPartTiles, kRowTiles = Traits::kRowTiles, kStages = Traits::kStages;
     using RowTile = FloatTile<kHeadDim>;
     extern __shared__ __align__(1024) char memory[];
     auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
@@ -591,10 +662,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const int head_dim = static_cast<int>(p.shape.head_dim), branches = count_branches(p);
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const int group = lane / 4, pair = lane % 4 * 2;
-    const int branch = warp % 2, row = warp / 2 * 16; // first of the warp's chunks in a group of chunks
-    const bool norm = has_norm(p, branch);
-    load_projections<Traits>(p, shared.weights);
-    __syncthreads();
+    // The warp's projection; the first of its chunks in a group of chunks and of its columns.
+    const int branch = warp / kParts % 2, row_tile = warp / (2 * kParts), part = warp % kParts;
+    const int row = 16 * row_tile, first_column = Traits::kPartColumns * part;
+    const bool active = branch < branches || branches == 0, norm = has_norm(p, branch);
+    const int step = gridDim.x * plan.group;
+    load_group<Traits>(p, plan, shared.stage[0], blockIdx.x * plan.group);
+    load_projections<Traits, Traits::kThreads>(p, shared.weights);
 
     const bool counts_padding = p.mean_divisor == 0 && p.key_padding_mask;
     // What a chunk's mean was divided by, padding included.
@@ -616,71 +690,133 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         }
         return static_cast<int>(__reduce_add_sync(0xffffffffu, padding));
     };
-
-    float grad_weight[Traits::kWeightTiles][kTiles][4] = {}, grad_bias[Traits::kWeightTiles][2] = {};
-    float grad_norm_weight[kSums] = {}, grad_norm_bias[kSums] = {};
-    for (int first = blockIdx.x * plan.group; first < plan.total; first += gridDim.x * plan.group) {
+    // Of the warps that share the row tile.
+    float grad_weight[kTiles][4] = {}, grad_bias[2] = {};
+    float grad_norm_weight[1] = {}, grad_norm_bias[1] = {};
+    int index = 0; // of the stage
+    for (int first = blockIdx.x * plan.group; first < plan.total; first += step) {
         const int count = min(plan.group, plan.total - first); // chunks of the group
         const int own = count - row;                           // the warp's among them, if positive
-        const RowTile means{shared.mean[branch]}, grads{shared.grad_linear[branch]};
-        if (row < Traits::kMaxChunks && (branch < branches || branches == 0)) {
-            const int first_row = first + row;
-            float hat[kTiles][4], rstd[2];
-            if (branches > 0) {
-                load_rows(hat, branch ? p.query_mean : p.key_mean, first_row, own, head_dim);
-                store_factor(means, row, hat);
-                project<Traits>(hat, rstd, means, row, p, weights, branch);
+        typename Traits::Stage& stage = shared.stage[index];
+        const RowTile means{stage.mean[branch]}, grads{stage.grad[branch]};
+        copy_wait<0>();
+        __syncthreads();
+        if (kStages == 2) {
+            index ^= 1;
+            if (first + step < plan.total) load_group<Traits>(p, plan, shared.stage[index], first + step);
+        }
+
+        float hat[kPartTiles][4] = {}, grad[kPartTiles][4] = {}, rstd[2];
+        const auto load_grad = [&] {
+            add_rows(grad, RowTile{stage.grad[1]}, row, first_column);
+            if (branch == 0) add_rows(grad, RowTile{stage.grad[0]}, row, first_column);
+        };
+        if (branches == 0) {
+            load_grad();
+        } else {
+            const auto sums = [&](int which, int r) {
+                return shared.sums[which][branch][row + group + 8 * r];
+            };
+            if (active) {
+                add_rows(hat, means, row, first_column);
+                store_factor(means, row, first_column, hat);
             }
-            float grad[kTiles][4];
-            load_rows(grad, p.mu_rows, first_row, own, head_dim);
-            if (branch == 0) {
-                float grad_key[kTiles][4];
-                load_rows(grad_key, p.grad_landmark_key, first_row, own, head_dim,
-                          [&](int chunk) { return landmark_row(p, plan, chunk); });
+            __syncthreads();
+            if (active) {
+                apply_linear<Traits>(hat, means, row, first_column, p, weights, branch);
 #pragma unroll
-                for (int n = 0; n < kTiles; ++n)
+                for (int r = 0; norm && r < 2; ++r) { // sum, and sum of squares about the part's own mean
+                    float sum = 0, squares = 0;
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) grad[n][e] += grad_key[n][e];
+                    for (int n = 0; n < kPartTiles; ++n) sum += hat[n][2 * r] + hat[n][2 * r + 1];
+                    sum = quad_sum(sum);
+                    const float center = sum / max(min(head_dim - first_column, Traits::kPartColumns), 1);
+#pragma unroll
+                    for (int n = 0; n < kPartTiles; ++n)
+#pragma unroll
+                        for (int e = 2 * r; e < 2 * r + 2; ++e) {
+                            const float x = hat[n][e] - center;
+                            if (first_column + column_of(n, e) < head_dim) squares += x * x;
+                        }
+                    squares = quad_sum(squares);
+                    if (pair == 0) sums(0, r)[part] = make_float2(sum, squares);
+                }
             }
-            if (branches > 0) {
-                if (norm) {
-                    add_columns(grad_norm_bias, grad);
-                    float product[kTiles][4];
+            __syncthreads();
+            load_grad();
+            if (active && norm) {
 #pragma unroll
-                    for (int n = 0; n < kTiles; ++n)
+                for (int r = 0; r < 2; ++r) {
+                    float center = 0, variance = 0;
 #pragma unroll
-                        for (int e = 0; e < 4; ++e) product[n][e] = grad[n][e] * hat[n][e];
-                    add_columns(grad_norm_weight, product);
+                    for (int i = 0; i < kParts; ++i) center += sums(0, r)[i].x;
+                    center /= head_dim;
 #pragma unroll
-                    for (int r = 0; r < 2; ++r) {
-                        float mean = 0, mean_hat = 0;
-#pragma unroll
-                        for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-                            for (int e = 2 * r; e < 2 * r + 2; ++e) {
-                                grad[n][e] *= weights.norm_weight[branch][8 * n + pair + e % 2];
-                                mean += grad[n][e];
-                                mean_hat += grad[n][e] * hat[n][e];
-                            }
-                        mean = quad_sum(mean) / head_dim;
-                        mean_hat = quad_sum(mean_hat) / head_dim;
-#pragma unroll
-                        for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-                            for (int e = 2 * r; e < 2 * r + 2; ++e)
-                                grad[n][e] = 8 * n < head_dim && group + 8 * r < own
-                                                 ? (grad[n][e] - mean - hat[n][e] * mean_hat) * rstd[r]
-                                                 : 0.0f;
+                    for (int i = 0; i < kParts; ++i) {
+                        const int columns = min(head_dim - Traits::kPartColumns * i, Traits::kPartColumns);
+                        if (columns <= 0) continue;
+                        const float2 sum = sums(0, r)[i];
+                        const float offset = sum.x / columns - center;
+                        variance += sum.y + columns * offset * offset;
                     }
+                    rstd[r] = 1.0f / sqrtf(variance / head_dim + static_cast<float>(p.norm_eps));
+#pragma unroll
+                    for (int n = 0; n < kPartTiles; ++n)
+#pragma unroll
+                        for (int e = 2 * r; e < 2 * r + 2; ++e) hat[n][e] = (hat[n][e] - center) * rstd[r];
+                }
+                add_columns(grad_norm_bias, grad);
+                float product[kPartTiles][4];
+#pragma unroll
+                for (int n = 0; n < kPartTiles; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) product[n][e] = grad[n][e] * hat[n][e];
+                add_columns(grad_norm_weight, product);
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    float2 sum{};
+#pragma unroll
+                    for (int n = 0; n < kPartTiles; ++n)
+#pragma unroll
+                        for (int e = 2 * r; e < 2 * r + 2; ++e) {
+                            grad[n][e] *= weights.norm_weight[branch][first_column + column_of(n, e)];
+                            sum.x += grad[n][e];
+                            sum.y += grad[n][e] * hat[n][e];
+                        }
+                    sum = make_float2(quad_sum(sum.x), quad_sum(sum.y));
+                    if (pair == 0) sums(1, r)[part] = sum;
+                }
+            }
+            __syncthreads();
+            if (active) {
+#pragma unroll
+                for (int r = 0; norm && r < 2; ++r) {
+                    float mean = 0, mean_hat = 0;
+#pragma unroll
+                    for (int i = 0; i < kParts; ++i) mean += sums(1, r)[i].x, mean_hat += sums(1, r)[i].y;
+                    mean /= head_dim;
+                    mean_hat /= head_dim;
+#pragma unroll
+                    for (int n = 0; n < kPartTiles; ++n)
+#pragma unroll
+                        for (int e = 2 * r; e < 2 * r + 2; ++e)
+                            grad[n][e] = first_column + column_of(n, e) < head_dim && group + 8 * r < own
+                                             ? (grad[n][e] - mean - hat[n][e] * mean_hat) * rstd[r]
+                                             : 0.0f;
                 }
                 // Now the gradient of the Linear's output; then that of the means.
-                store_factor(grads, row, grad);
+                store_factor(grads, row, first_column, grad);
+            }
+            __syncthreads();
+            if (active) {
 #pragma unroll
-                for (int n = 0; n < kTiles; ++n)
+                for (int n = 0; n < kPartTiles; ++n)
 #pragma unroll
                     for (int e = 0; e < 4; ++e) grad[n][e] = 0;
-                multiply_weight<Traits, false>(grad, grads, row, p, weights, branch);
+                multiply_weight<Traits, false>(grad, grads, row, first_column, p, weights, branch);
             }
+        }
+        if (active) {
             S* const out = static_cast<S*>(branch ? p.grad_query_mean : p.grad_key_mean);
             int divisor[2];
 #pragma unroll
@@ -690,77 +826,70 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
                 if (i == group) divisor[0] -= padding;
                 if (i == group + 8) divisor[1] -= padding;
             }
-            const float factor[2] = {1.0f / static_cast<float>(max(divisor[0], 1)),
-                                     1.0f / static_cast<float>(max(divisor[1], 1))};
 #pragma unroll
-            for (int n = 0; n < kTiles; ++n) {
-                if (8 * n >= head_dim) continue;
+            for (int r = 0; r < 2; ++r) {
+                const float factor = 1.0f / static_cast<float>(max(divisor[r], 1));
 #pragma unroll
-                for (int r = 0; r < 2; ++r)
-                    if (group + 8 * r < own)
-                        *reinterpret_cast<uint32_t*>(out + int64_t{first_row + group + 8 * r} * head_dim +
-                                                     8 * n + pair) =
-                            pack<S>(factor[r] * grad[n][2 * r], factor[r] * grad[n][2 * r + 1]);
+                for (int n = 0; n < kPartTiles; n += 2) {
+                    const int column = first_column + column_of(n, 0);
+                    if (column < head_dim && group + 8 * r < own)
+                        *reinterpret_cast<uint2*>(out + int64_t{first + row + group + 8 * r} * head_dim +
+                                                  column) =
+                            uint2{pack<S>(factor * grad[n][2 * r], factor * grad[n][2 * r + 1]),
+                                  pack<S>(factor * grad[n + 1][2 * r], factor * grad[n + 1][2 * r + 1])};
+                }
             }
         }
-        if (branches == 0) continue;
-        __syncthreads();
-        // Gradient of the Linear's weight and bias.
-#pragma unroll
-        for (int t = 0; t < Traits::kWeightTiles; ++t) {
-            const int tile = warp * Traits::kWeightTiles + t;
-            const int branch = tile / (kHeadDim / 16), out_row = tile % (kHeadDim / 16) * 16;
-            if (branch >= branches) continue;
-            const RowTile means{shared.mean[branch]}, grads{shared.grad_linear[branch]};
+        if (branches > 0) {
+            __syncthreads();
+            // Gradient of the Linear's weight and bias.
+            const int branch = warp / (kHeadDim / 16), out_row = warp % (kHeadDim / 16) * 16;
+            const RowTile means{stage.mean[branch]}, grads{stage.grad[branch]};
 #pragma unroll 1
-            for (int k = 0; k < count; k += 8) {
+            for (int k = 0; branch < branches && k < count; k += 8) {
                 const float a[4] = {
                     *grads.at(k + pair, out_row + group), *grads.at(k + pair + 1, out_row + group),
                     *grads.at(k + pair, out_row + group + 8), *grads.at(k + pair + 1, out_row + group + 8)};
-                grad_bias[t][0] += a[0] + a[1];
-                grad_bias[t][1] += a[2] + a[3];
+                grad_bias[0] += a[0] + a[1];
+                grad_bias[1] += a[2] + a[3];
 #pragma unroll
                 for (int n = 0; n < kTiles; ++n)
-                    multiply_add_step(grad_weight[t][n], a,
+                    multiply_add_step(grad_weight[n], a,
                                       make_float2(*means.at(k + pair, 8 * n + group),
                                                   *means.at(k + pair + 1, 8 * n + group)));
             }
         }
-        __syncthreads();
+        if (kStages == 1 && first + step < plan.total) {
+            __syncthreads();
+            load_group<Traits>(p, plan, shared.stage[0], first + step);
+        }
     }
 
     if (branches == 0) return;
     // Of a projection: the Linear's weight [D, D], its bias, the LayerNorm's weight and bias.
     const int size = (head_dim + 3) * head_dim;
     float* const out = static_cast<float*>(p.grad_projections) + int64_t{blockIdx.x} * 2 * size;
-#pragma unroll
-    for (int t = 0; t < Traits::kWeightTiles; ++t) {
-        const int tile = warp * Traits::kWeightTiles + t;
-        const int branch = tile / (kHeadDim / 16), out_row = tile % (kHeadDim / 16) * 16;
+    {
+        const int branch = warp / (kHeadDim / 16), out_row = warp % (kHeadDim / 16) * 16;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int o = out_row + group + 8 * r;
-            const float bias = quad_sum(grad_bias[t][r]);
+            const float bias = quad_sum(grad_bias[r]);
             if (o >= head_dim) continue;
             if (pair == 0) out[branch * size + head_dim * head_dim + o] = bias;
 #pragma unroll
             for (int n = 0; n < kTiles; ++n)
                 if (8 * n < head_dim)
                     *reinterpret_cast<float2*>(out + branch * size + o * head_dim + 8 * n + pair) =
-                        make_float2(grad_weight[t][n][2 * r], grad_weight[t][n][2 * r + 1]);
+                        make_float2(grad_weight[n][2 * r], grad_weight[n][2 * r + 1]);
         }
     }
     // LayerNorm: [weight or bias][branch][row tile][column].
-    float* const sums = shared.mean[0];
-    constexpr int kRowTiles = Traits::kRowTiles;
-    if (row < Traits::kMaxChunks) {
-#pragma unroll
-        for (int i = 0; i < kSums; ++i) {
-            const int at = (branch * kRowTiles + row / 16) * kHeadDim + summed_column<kTiles>(i);
-            sums[at] = grad_norm_weight[i];
-            sums[at + 2 * kRowTiles * kHeadDim] = grad_norm_bias[i];
-        }
-    }
+    float* const sums = shared.stage[0].mean[0];
+    __syncthreads();
+    const int at = (branch * kRowTiles + row_tile) * kHeadDim + first_column + summed_column<kPartTiles>(0);
+    sums[at] = grad_norm_weight[0];
+    sums[at + 2 * kRowTiles * kHeadDim] = grad_norm_bias[0];
     __syncthreads();
     for (int i = threadIdx.x; i < 4 * kHeadDim; i += Traits::kThreads) {
         const int which = i / (2 * kHeadDim), branch = i / kHeadDim % 2, column = i % kHeadDim;
@@ -818,14 +947,14 @@ void launch_chunk_summary_bwd(const SummaryParams& p, cudaStream_t stream) {
         const int projection_blocks = count_projection_blocks<Projections>(plan);
         const int chunks_per_block = Tokens::kGroups >> plan.parts_log2;
         const int64_t omega_blocks =
-            detail::ceil_div(plan.total * p.shape.head_dim, 8 * Projections::kThreads);
+            detail::ceil_div(plan.total * p.shape.head_dim, 8 * Projections::kOmegaThreads);
         cudaFuncSetAttribute(chunk_omega_kernel<Projections>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              kOmegaBytes);
         cudaFuncSetAttribute(chunk_projections_bwd_kernel<Projections>,
                              cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
         chunk_omega_kernel<Projections>
             <<<static_cast<unsigned>(detail::min(omega_blocks, 132 * Projections::kCtasPerSm)),
-               Projections::kThreads, kOmegaBytes, stream>>>(p, plan);
+               Projections::kOmegaThreads, kOmegaBytes, stream>>>(p, plan);
         chunk_tokens_bwd_kernel<Tokens>
             <<<static_cast<unsigned>(detail::ceil_div(plan.total, chunks_per_block)), Tokens::kThreads, 0,
                stream>>>(p, plan);
