@@ -17,6 +17,9 @@ void forward(const DecodeCall& decode, const Tensor& output) {
     TORCH_CHECK_VALUE(state.window_key.size(2) + num_landmarks <= std::numeric_limits<int32_t>::max() / 2,
                       "window_key and landmark_key must have fewer than 2^30 rows on CUDA, got shapes ",
                       state.window_key.sizes(), " and ", state.landmark_key.sizes());
+    TORCH_CHECK_VALUE(num_landmarks * chunk_size <= std::numeric_limits<int32_t>::max(),
+                      "landmark_key must have room for fewer than 2^31 tokens on CUDA, got shape ",
+                      state.landmark_key.sizes(), " with chunk_size ", chunk_size);
 
     const ProjectionTensors key_projection =
         projection_tensors(call.summary.key, state.key_sum.scalar_type());

@@ -1,60 +1,61 @@
 // Causal decoding: one block a (batch, head), which takes in its tokens one by one.
+#include <limits>
+
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/simt/warp.cuh"
 
 namespace eva_attn::cuda::simt {
 namespace {
 
-// Registers are short in double.
 template <class S>
-constexpr int kDecodeWarps = sizeof(S) == sizeof(double) ? 8 : 16;
+constexpr int kDecodeWarps = 32 / sizeof(S); // so that rows in flight take the same memory in every dtype
 template <class S>
 constexpr int kDecodeThreads = kDecodeWarps<S> * kLanes;
 constexpr int kChannels = kMaxHeadDim / kLanes; // of a lane
-constexpr int kUnroll = 4;                      // rows that a lane has in flight
+constexpr int kStages = 5;                      // rows that a lane has in flight, and the one it adds
+
+// A lane's channels of a row, in pieces of 16 bytes.
+template <class S>
+constexpr int kVector = 16 / sizeof(S);
+template <class S>
+struct alignas(16) Vector {
+    S x[kVector<S>];
+};
+template <class S>
+constexpr int kVectors = kChannels / kVector<S>;
 
 // Lanes that share a row of D numbers: as few as hold it. A lane has kVector channels side by side, then the
 // next ones `width` lanes further.
-template <class S, int kVector>
+template <class S>
 struct LaneGroup {
     using T = Accumulator<S>;
-    int head_dim, width, lane, index, count; // of the groups in the block
+    int width, lane, index, count; // of the groups in the block
 
-    __device__ explicit LaneGroup(int head_dim) : head_dim(head_dim), width(1) {
-        while (width * kChannels < head_dim) width *= 2;
-        lane = simt::lane() % width;
-        index = static_cast<int>(threadIdx.x) / width;
-        count = kDecodeThreads<S> / width;
+    __device__ explicit LaneGroup(int head_dim) {
+        int log_width = 0;
+        while (kChannels << log_width < head_dim) ++log_width;
+        width = 1 << log_width;
+        lane = simt::lane() & (width - 1);
+        index = static_cast<int>(threadIdx.x) >> log_width;
+        count = kDecodeThreads<S> >> log_width;
     }
 
-    // Calls body(i, d) for the first channel of each vector: this lane's i-th is channel d.
+    __device__ int channel(int vector) const { return (vector * width + lane) * kVector<S>; }
+
+    // Calls body(i, d): this lane's i-th channel is d.
     template <class Body>
-    __device__ void for_vectors(Body body) const {
+    __device__ void for_channels(Body body) const {
 #pragma unroll
-        for (int i = 0; i < kChannels; i += kVector) {
-            const int d = i * width + lane * kVector;
-            if (d < head_dim) body(i, d);
-        }
-    }
-
-    // This lane's channels of a row, as they are in memory.
-    struct alignas(kVector * sizeof(S)) Vector {
-        S x[kVector];
-    };
-    struct Channels {
-        Vector vector[kChannels / kVector];
-        __device__ T operator[](int i) const { return widen(vector[i / kVector].x[i % kVector]); }
-    };
-    __device__ Channels load(const S* row) const {
-        Channels channels{};
-        for_vectors(
-            [&](int i, int d) { channels.vector[i / kVector] = *reinterpret_cast<const Vector*>(row + d); });
-        return channels;
+        for (int i = 0; i < kChannels; ++i) body(i, channel(i / kVector<S>) + i % kVector<S>);
     }
 
     template <class Number>
     __device__ Number sum(Number x) const {
-        for (int offset = width / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+#pragma unroll
+        for (int offset = kLanes / 2; offset > 0; offset /= 2)
+            if (const Number other = __shfl_xor_sync(~0u, x, offset); offset < width) x += other;
         return x;
     }
 };
@@ -62,46 +63,70 @@ struct LaneGroup {
 // A softmax over rows, and the sum of their values that it weighs. A is the type of the logits.
 template <class A, class T>
 struct Softmax {
-    A maximum = -infinity<A>();
+    A maximum = std::numeric_limits<A>::lowest(); // finite, so that logits may be -infinity
     T total = 0;
     T sum[kChannels] = {};
 
-    // exp(logit - top), also where both are -infinity.
-    static __device__ T factor(A logit, A top) {
-        return logit == -infinity<A>() ? T(0) : exp(static_cast<T>(logit - top));
+    static __device__ T factor(A logit, A top) { return exp(static_cast<T>(logit - top)); }
+
+    // value(i): the lane's i-th channel.
+    template <class Value>
+    __device__ void add(A logit, Value value) {
+        const bool is_top = logit > maximum;
+        const T ratio = exp(static_cast<T>(is_top ? maximum - logit : logit - maximum));
+        const T correction = is_top ? ratio : T(1), weight = is_top ? T(1) : ratio;
+        maximum = max(logit, maximum);
+        total = total * correction + weight;
+#pragma unroll
+        for (int i = 0; i < kChannels; ++i) sum[i] = sum[i] * correction + weight * value(i);
     }
 };
 
+// Rows of D numbers are followed by zeros.
 template <class S>
 struct DecodeShared {
     using T = Accumulator<S>;
+    Vector<S> rows[kDecodeWarps<S>][kStages][2][kVectors<S>][kLanes]; // of keys and values, lane by lane
     T query[kMaxHeadDim], mean[kMaxHeadDim];
     T landmark_key[kMaxHeadDim], landmark_query[kMaxHeadDim];
-    T warp_sums[kDecodeWarps<S>][kMaxHeadDim];
+    S new_key[kMaxHeadDim], new_value[kMaxHeadDim];
     double warp_maxima[kDecodeWarps<S>];
     T warp_totals[kDecodeWarps<S>];
-    double log_sum; // of the exponentials of the latest softmax
+
+    // [D], in the place of the warp's rows
+    __device__ T* warp_sums(int warp) { return reinterpret_cast<T*>(rows[warp]); }
+    static_assert(sizeof(rows[0]) >= kMaxHeadDim * sizeof(T));
 };
 
-template <class S, int kVector>
+// Out of line: most steps end no chunk, and then fetch none of its instructions.
+template <class S>
+__device__ __noinline__ void end_chunk(const DecodeParams&, DecodeShared<S>&, bool aligned, int chunk,
+                                       int slot);
+
+template <class S>
 struct DecodingHead {
     using T = Accumulator<S>;
     const DecodeParams& p;
     DecodeShared<S>& s;
-    const LaneGroup<S, kVector> group;
-    const int64_t bh, batch, head;
-    const int head_dim, slots;
+    const bool aligned; // to 16 bytes: the rows of the state
+    const LaneGroup<S> group;
+    const int64_t bh;
+    const int batch, head, head_dim, slots;
 
-    __device__ DecodingHead(const DecodeParams& p, DecodeShared<S>& s)
-        : p(p), s(s), group(static_cast<int>(p.head_dim)), bh(blockIdx.x), batch(bh / p.heads),
-          head(bh % p.heads), head_dim(static_cast<int>(p.head_dim)),
-          slots(static_cast<int>(p.window_size + p.overlap)) {}
+    __device__ DecodingHead(const DecodeParams& p, DecodeShared<S>& s, bool aligned)
+        : p(p), s(s), aligned(aligned), group(static_cast<int>(p.head_dim)), bh(blockIdx.x),
+          batch(static_cast<int>(blockIdx.x) / static_cast<int>(p.heads)),
+          head(static_cast<int>(blockIdx.x) - batch * static_cast<int>(p.heads)),
+          head_dim(static_cast<int>(p.head_dim)), slots(static_cast<int>(p.window_size + p.overlap)) {}
 
-    __device__ S* slot(void* window, int i) const {
-        return static_cast<S*>(window) + (bh * slots + i) * head_dim;
+    // The rows of this head in a tensor of the state, [B, H, count, D].
+    __device__ S* rows(void* tensor, int64_t count) const {
+        S* rows = static_cast<S*>(tensor) + bh * count * head_dim;
+        asm("" : "+l"(rows)); // not to be computed anew for each row
+        return rows;
     }
-    __device__ S* landmark(void* landmarks, int64_t chunk) const {
-        return static_cast<S*>(landmarks) + (bh * p.num_landmarks + chunk) * head_dim;
+    __device__ uint64_t offset(int row) const {
+        return uint64_t{static_cast<uint32_t>(row)} * static_cast<uint32_t>(head_dim);
     }
     __device__ int wrapped(int i) const { return i < slots ? i : i - slots; }
 
@@ -111,84 +136,79 @@ struct DecodingHead {
         __syncthreads();
     }
 
-    __device__ void append(int64_t token, int64_t position) const {
-        const auto query = row_of<S>(p.query, batch, head, token), key = row_of<S>(p.key, batch, head, token),
-                   value = row_of<S>(p.value, batch, head, token);
-        const int to = static_cast<int>(position % slots);
-        S *const key_slot = slot(p.window_key, to), *const value_slot = slot(p.window_value, to);
-        T* const key_sum = static_cast<T*>(p.key_sum) + bh * head_dim;
-        T* const query_sum = static_cast<T*>(p.query_sum) + bh * head_dim;
-        const bool begins = position % p.chunk_size == 0;
-        for_channels([&](int d) { // all loads before the first store, which they might depend on
-            const S new_key = key.data[d * key.stride], new_value = value.data[d * value.stride];
-            const T new_query = query[d];
-            const T old_key_sum = key_sum[d], old_query_sum = query_sum[d];
-            key_slot[d] = new_key;
-            value_slot[d] = new_value;
-            s.query[d] = new_query;
-            key_sum[d] = (begins ? T(0) : old_key_sum) + widen(new_key);
-            query_sum[d] = (begins ? T(0) : old_query_sum) + new_query;
-        });
-    }
+    struct KeyValue {
+        const S *key, *value;
+    };
 
-    // The softmax over rows [0, count) of scale * (sum of term(x_d, key_d)) + bias(j), for the vector `x`;
-    // calls out(d, sum of weight * value).
-    template <class A, class Row, class Bias, class Term, class Out>
-    __device__ void attend(const T* vector, int count, A scale, Row row, Bias bias, Term term,
-                           Out out) const {
-        T x[kChannels];
-        group.for_vectors([&](int i, int d) {
+    // Starts copying what this lane adds as its step-th row: zeros from `count` on.
+    template <class Row>
+    __device__ void fetch(int step, int count, Row row) const {
+        const int j = step * group.count + group.index;
+        const KeyValue from = row(j);
+        auto& to = s.rows[warp()][step % kStages];
 #pragma unroll
-            for (int k = 0; k < kVector; ++k) x[i + k] = vector[d + k];
-        });
-        Softmax<A, T> softmax;
-        for (int base = 0; base < count; base += kUnroll * group.count) {
-            typename LaneGroup<S, kVector>::Channels keys[kUnroll], values[kUnroll];
-            A logits[kUnroll];
-#pragma unroll
-            for (int u = 0; u < kUnroll; ++u) { // the last row again where there are no more
-                const auto [key, value] = row(min(base + u * group.count + group.index, count - 1));
-                keys[u] = group.load(key);
-                values[u] = group.load(value);
+        for (int vector = 0; vector < kVectors<S>; ++vector) {
+            const int first = group.channel(vector), end = j < count ? head_dim : 0;
+            Vector<S>&key = to[0][vector][lane()], &value = to[1][vector][lane()];
+            if (aligned) {
+                copy_async(&key, from.key + first, first < end);
+                copy_async(&value, from.value + first, first < end);
+                continue;
             }
-#pragma unroll
-            for (int u = 0; u < kUnroll; ++u) {
-                const int j = base + u * group.count + group.index;
-                logits[u] = j < count ? static_cast<A>(bias(j)) : -infinity<A>();
-            }
-#pragma unroll
-            for (int u = 0; u < kUnroll; ++u) {
-                A sum = 0;
-                group.for_vectors([&](int i, int) {
-#pragma unroll
-                    for (int k = 0; k < kVector; ++k) sum += term(static_cast<A>(x[i + k]), keys[u][i + k]);
-                });
-                logits[u] += scale * group.sum(sum);
-            }
-            A top = softmax.maximum;
-#pragma unroll
-            for (int u = 0; u < kUnroll; ++u) top = max(top, logits[u]);
-            const T correction = Softmax<A, T>::factor(softmax.maximum, top);
-            softmax.maximum = top;
-            softmax.total *= correction;
-#pragma unroll
-            for (int i = 0; i < kChannels; ++i) softmax.sum[i] *= correction;
-#pragma unroll
-            for (int u = 0; u < kUnroll; ++u) {
-                if (base + u * group.count + group.index >= count) continue;
-                const T weight = Softmax<A, T>::factor(logits[u], top);
-                softmax.total += weight;
-#pragma unroll
-                for (int i = 0; i < kChannels; ++i) softmax.sum[i] += weight * values[u][i];
+#pragma unroll 1
+            for (int k = 0; k < kVector<S>; ++k) {
+                const bool valid = first + k < end;
+                key.x[k] = valid ? from.key[first + k] : S(0);
+                value.x[k] = valid ? from.value[first + k] : S(0);
             }
         }
+        copy_commit();
+    }
+
+    // The softmax over rows [0, count) of scale * (sum of term(x_d, key_d)) + bias(j), joined to what
+    // begin(x, softmax), called while the first rows are under way, makes of it in the first group of lanes;
+    // it sets this lane's channels of x. Calls out(d, sum of weight * value, top, sum of exp(logit - top)).
+    template <class A, class Row, class Bias, class Term, class Begin, class Out>
+    __device__ void attend(int count, A scale, Row row, Bias bias, Term term, Begin begin, Out out) const {
+        // Each lane reads the bias of one of its group's next `width` rows.
+        const auto biases = [&](int first) {
+            const int j = (first + group.lane) * group.count + group.index;
+            return j < count ? static_cast<A>(bias(j)) : -infinity<A>();
+        };
+        A latest_biases = 0, next_biases = 0;
+        T x[kChannels];
+        Softmax<A, T> softmax;
+#pragma unroll 1 // one loop also for the first rows: code that is short is fetched soon
+        for (int step = 1 - kStages; step <= 0 || step * group.count < count; ++step) {
+            fetch(step + kStages - 1, count, row);
+            const int from = step & (group.width - 1);
+            if (step == 1 - kStages || (step >= 0 && from == 0)) {
+                latest_biases = next_biases;
+                next_biases = biases(step < 0 ? 0 : step + group.width);
+            }
+            if (step < 0) continue;
+            if (step == 0) begin(x, softmax);
+            copy_wait<kStages - 1>();
+            const auto& [key, value] = s.rows[warp()][step % kStages];
+            const auto channel = [](const auto& vectors, int i) {
+                return widen(vectors[i / kVector<S>][lane()].x[i % kVector<S>]);
+            };
+            A sum = 0;
+#pragma unroll
+            for (int i = 0; i < kChannels; ++i) sum += term(static_cast<A>(x[i]), channel(key, i));
+            const A bias = __shfl_sync(~0u, latest_biases, from, group.width);
+            softmax.add(scale * group.sum(sum) + bias, [&](int i) { return channel(value, i); });
+        }
+        copy_wait<0>();
+        __syncwarp(); // the sums take the place of the rows
         join(softmax, out);
     }
 
     // Adds up the softmaxes of all groups, always in the same order.
     template <class A, class Out>
-    __device__ void join(Softmax<A, T> softmax, Out out) const {
+    __device__ void join(Softmax<A, T>& softmax, Out out) const {
         constexpr auto factor = Softmax<A, T>::factor;
+#pragma unroll 1
         for (int offset = group.width; offset < kLanes; offset *= 2) {
             const A other = __shfl_xor_sync(~0u, softmax.maximum, offset);
             const A top = max(softmax.maximum, other);
@@ -201,58 +221,113 @@ struct DecodingHead {
             softmax.maximum = top;
         }
         if (lane() < group.width)
-            group.for_vectors([&](int i, int d) {
-#pragma unroll
-                for (int k = 0; k < kVector; ++k) s.warp_sums[warp()][d + k] = softmax.sum[i + k];
-            });
+            group.for_channels([&](int i, int d) { s.warp_sums(warp())[d] = softmax.sum[i]; });
         if (lane() == 0) s.warp_maxima[warp()] = softmax.maximum, s.warp_totals[warp()] = softmax.total;
         __syncthreads();
-        A top = -infinity<A>();
-        for (int w = 0; w < kDecodeWarps<S>; ++w) top = max(top, static_cast<A>(s.warp_maxima[w]));
-        for_channels([&](int d) {
-            T total = 0, sum = 0;
-            for (int w = 0; w < kDecodeWarps<S>; ++w) {
-                const T weight = factor(static_cast<A>(s.warp_maxima[w]), top);
-                total += s.warp_totals[w] * weight;
-                sum += s.warp_sums[w][d] * weight;
-            }
-            out(d, total == 0 ? T(0) : sum / total);
-            if (d == 0) s.log_sum = top + log(static_cast<A>(total));
-        });
+        const int other = lane() % kDecodeWarps<S>;
+        const A maximum = static_cast<A>(s.warp_maxima[other]), top = warp_max(maximum);
+        const T weight = factor(maximum, top);
+        const T total = warp_sum(lane() < kDecodeWarps<S> ? s.warp_totals[other] * weight : T(0));
+        for (int first = warp() * kLanes; first < head_dim; first += kDecodeThreads<S>) {
+            const int d = first + lane();
+            T sum = 0;
+#pragma unroll
+            for (int w = 0; w < kDecodeWarps<S>; ++w) sum += s.warp_sums(w)[d] * __shfl_sync(~0u, weight, w);
+            if (d < head_dim) out(d, total == 0 ? T(0) : sum / total, top, total);
+        }
+        __syncthreads();
     }
 
-    struct KeyValue {
-        const S *key, *value;
-    };
+    __device__ void take_in(int64_t token, int& position) const {
+        constexpr int kOwn = (kMaxHeadDim + kDecodeThreads<S> - 1) / kDecodeThreads<S>;
+        // Nothing here depends on the position, which may still be under way.
+        const auto query = row_of<S>(p.query, batch, head, token), key = row_of<S>(p.key, batch, head, token),
+                   value = row_of<S>(p.value, batch, head, token);
+        T* const key_sum = static_cast<T*>(p.key_sum) + bh * head_dim;
+        T* const query_sum = static_cast<T*>(p.query_sum) + bh * head_dim;
+        S new_key[kOwn], new_value[kOwn];
+        T new_query[kOwn], old_key_sum[kOwn], old_query_sum[kOwn];
+        const auto for_own = [&](auto body) {
+#pragma unroll
+            for (int i = 0; i < kOwn; ++i) {
+                const int d = i * kDecodeThreads<S> + static_cast<int>(threadIdx.x);
+                if (d < kMaxHeadDim) body(i, d, d < head_dim);
+            }
+        };
+        for_own([&](int i, int d, bool valid) {
+            new_key[i] = valid ? key.data[d * key.stride] : S(0);
+            new_value[i] = valid ? value.data[d * value.stride] : S(0);
+            new_query[i] = valid ? query[d] : T(0);
+            old_key_sum[i] = valid ? key_sum[d] : T(0);
+            old_query_sum[i] = valid ? query_sum[d] : T(0);
+        });
+        position = max(position, 0);
 
-    __device__ void attend_state(int64_t token, int64_t position) const {
-        const int64_t first = detail::max(position / p.window_size * p.window_size - p.overlap, 0);
-        const int num_keys = static_cast<int>(position + 1 - first);
-        const int num_landmarks = static_cast<int>(detail::min(
-            p.exclude_window_landmarks ? detail::ceil_div(first, p.chunk_size) : position / p.chunk_size,
-            p.num_landmarks));
-        const int first_slot = static_cast<int>(first % slots);
-        const int64_t bias_start = head * p.relative_bias_head_stride + first - position + slots - 1;
+        const auto size = [](int64_t x) { return static_cast<unsigned>(x); };
+        const int in_window = static_cast<int>(position % size(p.window_size));
+        const int chunk = static_cast<int>(position / size(p.chunk_size));
+        const int in_chunk = position - chunk * static_cast<int>(p.chunk_size);
+        const int slot = static_cast<int>(position % size(slots));
+        const int overlap = static_cast<int>(p.overlap), capacity = static_cast<int>(p.num_landmarks);
+        const int num_keys = min(in_window + overlap, position); // before the token
+        const int first_slot = slot < num_keys ? slot - num_keys + slots : slot - num_keys;
+        int num_landmarks = min(chunk, capacity);
+        if (p.exclude_window_landmarks) // chunks divide windows
+            num_landmarks =
+                min(max(chunk - static_cast<int>((in_window - in_chunk + overlap) / size(p.chunk_size)), 0),
+                    capacity);
+
+        S* const window_key = rows(p.window_key, slots);
+        S* const window_value = rows(p.window_value, slots);
+        const S* const landmark_key = rows(p.landmark_key, p.num_landmarks);
+        const S* const landmark_value = rows(p.landmark_value, p.num_landmarks);
         const T scale = static_cast<T>(p.scale), landmark_bias = static_cast<T>(p.landmark_bias);
         const T* const entropy =
             p.landmark_entropy ? static_cast<const T*>(p.landmark_entropy) + bh * p.num_landmarks : nullptr;
+        const auto window_bias = [&](int offset) {
+            return p.relative_bias ? weight_at<S>(p.relative_bias_dtype, p.relative_bias,
+                                                  head * p.relative_bias_head_stride + slots - 1 + offset)
+                                   : T(0);
+        };
         const auto output = row_of<S>(p.output, batch, head, token);
+        const auto term = [](T query, T key) { return query * key; };
         attend<T>(
-            s.query, num_keys + num_landmarks, scale,
+            num_keys + num_landmarks, scale,
             [&](int j) {
-                if (j < num_keys) {
-                    const int from = wrapped(first_slot + j);
-                    return KeyValue{slot(p.window_key, from), slot(p.window_value, from)};
-                }
-                return KeyValue{landmark(p.landmark_key, j - num_keys),
-                                landmark(p.landmark_value, j - num_keys)};
+                const bool is_key = j < num_keys;
+                const uint64_t from = offset(is_key ? wrapped(first_slot + j) : j - num_keys);
+                return KeyValue{(is_key ? window_key : landmark_key) + from,
+                                (is_key ? window_value : landmark_value) + from};
             },
             [&](int j) {
-                if (j >= num_keys) return entropy ? entropy[j - num_keys] : landmark_bias;
-                return p.relative_bias ? weight_at<S>(p.relative_bias_dtype, p.relative_bias, bias_start + j)
-                                       : T(0);
+                if (j < num_keys) return window_bias(j - num_keys);
+                return entropy ? entropy[j - num_keys] : landmark_bias;
             },
-            [](T query, T key) { return query * key; }, [&](int d, T x) { output.set(d, x); });
+            term,
+            [&](T(&x)[kChannels], Softmax<T, T>& softmax) {
+                const T bias = window_bias(0);
+                for_own([&](int i, int d, bool valid) {
+                    s.query[d] = new_query[i];
+                    s.new_key[d] = new_key[i];
+                    s.new_value[d] = new_value[i];
+                    if (!valid) return;
+                    window_key[offset(slot) + d] = new_key[i];
+                    window_value[offset(slot) + d] = new_value[i];
+                    key_sum[d] = (in_chunk == 0 ? T(0) : old_key_sum[i]) + widen(new_key[i]);
+                    query_sum[d] = (in_chunk == 0 ? T(0) : old_query_sum[i]) + new_query[i];
+                });
+                __syncthreads();
+                T product = 0, value[kChannels];
+                group.for_channels([&](int i, int d) {
+                    x[i] = s.query[d];
+                    product += term(x[i], widen(s.new_key[d]));
+                    value[i] = widen(s.new_value[d]);
+                });
+                const T logit = scale * group.sum(product) + bias;
+                softmax.add(group.index == 0 ? logit : -infinity<T>(), [&](int i) { return value[i]; });
+            },
+            [&](int d, T x, T, T) { output.set(d, x); });
+        if (in_chunk + 1 == p.chunk_size && chunk < capacity) end_chunk(p, s, aligned, chunk, slot);
     }
 
     // landmark = A(mean of the chunk)
@@ -285,86 +360,95 @@ struct DecodingHead {
         });
     }
 
-    // Makes the landmark of the chunk whose last token is at `position`.
-    __device__ void end_chunk(int64_t position) const {
-        const int64_t chunk = position / p.chunk_size;
-        if (chunk >= p.num_landmarks) return;
+    // Makes the landmark of the chunk whose last token is in `slot`.
+    __device__ void make_landmark(int chunk, int slot) const {
         const bool tangent = p.landmark_entropy;
-        if (!tangent) project(p.key_projection, p.key_sum, s.landmark_key);
         const bool has_mu = !p.has_projection || p.has_query_projection;
-        if (has_mu) project(p.query_projection, p.query_sum, s.landmark_query);
+        const int chunk_size = static_cast<int>(p.chunk_size);
+#pragma unroll 1
+        for (const bool is_key : {true, false})
+            if (is_key ? !tangent : has_mu)
+                project(is_key ? p.key_projection : p.query_projection, is_key ? p.key_sum : p.query_sum,
+                        is_key ? s.landmark_key : s.landmark_query);
         T* const omega = s.landmark_query;
-        S* const landmark_key = landmark(p.landmark_key, chunk);
-        S* const landmark_value = landmark(p.landmark_value, chunk);
+        S* const landmark_key = rows(p.landmark_key, p.num_landmarks) + offset(chunk);
+        S* const landmark_value = rows(p.landmark_value, p.num_landmarks) + offset(chunk);
         for_channels([&](int d) {
             if (tangent) return; // omega is the mean query
             store(landmark_key + d, s.landmark_key[d]);
             omega[d] = has_mu ? s.landmark_query[d] + s.landmark_key[d] : T(0);
         });
-        const int first_slot = static_cast<int>(chunk * p.chunk_size % slots);
+        const int first_slot = slot + 1 < chunk_size ? slot + 1 - chunk_size + slots : slot + 1 - chunk_size;
         const auto scale = static_cast<Exact<S>>(p.scale), half = static_cast<Exact<S>>(tangent ? 0 : 0.5);
-        const auto sum_members = [&](void* window, auto out) {
+        const S *const keys = rows(p.window_key, slots), *const values = rows(p.window_value, slots);
+        Exact<S> log_sum = 0;
+        // The sum of the members' values, of tangents then that of their keys.
+#pragma unroll 1
+        for (const bool of_keys : {false, true}) {
+            if (of_keys && !tangent) return;
             attend<Exact<S>>(
-                omega, static_cast<int>(p.chunk_size), scale,
+                chunk_size, scale,
                 [&](int j) {
-                    const int from = wrapped(first_slot + j);
-                    return KeyValue{slot(p.window_key, from), slot(window, from)};
+                    const uint64_t from = offset(wrapped(first_slot + j));
+                    return KeyValue{keys + from, (of_keys ? keys : values) + from};
                 },
                 [](int) { return T(0); },
-                [half](Exact<S> omega, T key) { return key * (omega - half * key); }, out);
-        };
-        sum_members(p.window_value, [&](int d, T x) { store(landmark_value + d, x); });
-        if (!tangent) return;
-        sum_members(p.window_key, [&](int d, T x) {
-            store(landmark_key + d, x);
-            s.landmark_key[d] = x;
-        });
-        if (warp() > 0) return;
+                [half](Exact<S> omega, T key) { return key * (omega - half * key); },
+                [&](T(&x)[kChannels], auto&) {
+                    group.for_channels([&](int i, int d) { x[i] = d < head_dim ? omega[d] : T(0); });
+                },
+                [&](int d, T x, Exact<S> top, T total) {
+                    store((of_keys ? landmark_key : landmark_value) + d, x);
+                    s.landmark_key[d] = x;
+                    log_sum = top + log(static_cast<Exact<S>>(total));
+                });
+        }
         // The mean of the logits, which are linear in the keys, is that of their mean.
         Exact<S> product = 0;
         for (int d = lane(); d < head_dim; d += kLanes)
             product += static_cast<Exact<S>>(omega[d]) * s.landmark_key[d];
         product = warp_sum(product);
-        if (lane() == 0)
+        if (threadIdx.x == 0)
             static_cast<T*>(p.landmark_entropy)[bh * p.num_landmarks + chunk] =
-                static_cast<T>(static_cast<Exact<S>>(s.log_sum) - scale * product);
+                static_cast<T>(log_sum - scale * product);
+        __syncthreads(); // the next token reads it
     }
 
     __device__ void run() const {
-        const int64_t begin = detail::max(p.position[bh], 0);
+        int position = static_cast<int>(p.position[bh]);
         const int64_t count =
             p.num_tokens ? detail::min(detail::max(p.num_tokens[batch], 0), p.tokens) : p.tokens;
-        __syncthreads(); // every thread has read the position
-        for (int64_t token = 0; token < count; ++token) {
-            const int64_t position = begin + token;
-            append(token, position);
-            attend_state(token, position);
-            if ((position + 1) % p.chunk_size == 0) end_chunk(position);
-        }
+        for (int64_t token = 0; token < count; ++token, ++position) take_in(token, position);
         for (int64_t token = count; token < p.tokens; ++token) {
             const auto output = row_of<S>(p.output, batch, head, token);
             for_channels([&](int d) { output.set(d, 0); });
         }
-        if (threadIdx.x == 0) p.position[bh] = begin + count;
+        if (threadIdx.x == 0) p.position[bh] = position;
     }
 };
 
-template <class S, int kVector>
-__global__ void __launch_bounds__(kDecodeThreads<S>) decode_step_kernel(const DecodeParams p) {
-    __shared__ DecodeShared<S> s;
-    DecodingHead<S, kVector>(p, s).run();
+template <class S>
+__device__ void end_chunk(const DecodeParams& p, DecodeShared<S>& s, bool aligned, int chunk, int slot) {
+    DecodingHead<S>(p, s, aligned).make_landmark(chunk, slot);
+}
+
+template <class S>
+__global__ void __launch_bounds__(kDecodeThreads<S>)
+    decode_step_kernel(const __grid_constant__ DecodeParams p, bool aligned) {
+    extern __shared__ __align__(16) unsigned char shared[];
+    DecodingHead<S>(p, *reinterpret_cast<DecodeShared<S>*>(shared), aligned).run();
 }
 
 template <class S>
 void launch_decode_step(const DecodeParams& p, cudaStream_t stream) {
     const auto blocks = static_cast<unsigned>(p.batch * p.heads);
     if (blocks == 0) return;
-    constexpr int kVector = 16 / sizeof(S);
-    bool aligned = p.head_dim % kVector == 0;
+    bool aligned = p.head_dim % kVector<S> == 0;
     for (const void* rows : {p.window_key, p.window_value, p.landmark_key, p.landmark_value})
-        aligned &= reinterpret_cast<uintptr_t>(rows) % 16 == 0;
-    const auto kernel = aligned ? decode_step_kernel<S, kVector> : decode_step_kernel<S, 1>;
-    kernel<<<blocks, kDecodeThreads<S>, 0, stream>>>(p);
+        aligned &= reinterpret_cast<uintptr_t>(rows) % sizeof(Vector<S>) == 0;
+    static LimitsOf limits_of;
+    limits_of(decode_step_kernel<S>);
+    decode_step_kernel<S><<<blocks, kDecodeThreads<S>, sizeof(DecodeShared<S>), stream>>>(p, aligned);
 }
 
 } // namespace
