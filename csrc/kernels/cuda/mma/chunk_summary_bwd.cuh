@@ -690,7 +690,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         }
         return static_cast<int>(__reduce_add_sync(0xffffffffu, padding));
     };
-    // Of the warps that share the row tile.
+
     float grad_weight[kTiles][4] = {}, grad_bias[2] = {};
     float grad_norm_weight[1] = {}, grad_norm_bias[1] = {};
     int index = 0; // of the stage
