@@ -15,7 +15,6 @@ template <class S>
 constexpr int kDecodeThreads = kDecodeWarps<S> * kLanes;
 constexpr int kChannels = kMaxHeadDim / kLanes; // of a lane
 constexpr int kStages = 5;                      // rows that a lane has in flight, and the one it adds
-constexpr int kEarlySteps = 2;                  // of landmarks that are fetched before the position is known
 
 // A lane's channels of a row, in pieces of 16 bytes.
 template <class S>
@@ -166,13 +165,11 @@ struct DecodingHead {
         copy_commit();
     }
 
-    // The softmax over rows [0, count), of which some steps were fetched before, of
-    // scale * (sum of term(x_d, key_d)) + bias(j), without the rows whose bias is -infinity; joined to what
+    // The softmax over rows [0, count) of scale * (sum of term(x_d, key_d)) + bias(j), joined to what
     // begin(x, softmax), called while the first rows are under way, makes of it in the first group of lanes;
     // it sets this lane's channels of x. Calls out(d, sum of weight * value, top, sum of exp(logit - top)).
     template <class A, class Row, class Bias, class Term, class Begin, class Out>
-    __device__ void attend(int count, int fetched, A scale, Row row, Bias bias, Term term, Begin begin,
-                           Out out) const {
+    __device__ void attend(int count, A scale, Row row, Bias bias, Term term, Begin begin, Out out) const {
         // Each lane reads the bias of one of its group's next `width` rows.
         const auto biases = [&](int first) {
             const int j = (first + group.lane) * group.count + group.index;
@@ -183,7 +180,7 @@ struct DecodingHead {
         Softmax<A, T> softmax;
 #pragma unroll 1 // one loop also for the first rows: code that is short is fetched soon
         for (int step = 1 - kStages; step <= 0 || step * group.count < count; ++step) {
-            if (step + kStages > fetched) fetch(step + kStages - 1, count, row);
+            fetch(step + kStages - 1, count, row);
             const int from = step & (group.width - 1);
             if (step == 1 - kStages || (step >= 0 && from == 0)) {
                 latest_biases = next_biases;
@@ -200,9 +197,7 @@ struct DecodingHead {
 #pragma unroll
             for (int i = 0; i < kChannels; ++i) sum += term(static_cast<A>(x[i]), channel(key, i));
             const A bias = __shfl_sync(~0u, latest_biases, from, group.width);
-            const A logit = scale * group.sum(sum) + bias;
-            const bool hidden = bias == -infinity<A>(); // whatever the row holds
-            softmax.add(hidden ? bias : logit, [&](int i) { return hidden ? T(0) : channel(value, i); });
+            softmax.add(scale * group.sum(sum) + bias, [&](int i) { return channel(value, i); });
         }
         copy_wait<0>();
         __syncwarp(); // the sums take the place of the rows
@@ -266,16 +261,6 @@ struct DecodingHead {
             old_key_sum[i] = valid ? key_sum[d] : T(0);
             old_query_sum[i] = valid ? query_sum[d] : T(0);
         });
-        const int capacity = static_cast<int>(p.num_landmarks);
-        const S* const landmark_key = rows(p.landmark_key, p.num_landmarks);
-        const S* const landmark_value = rows(p.landmark_value, p.num_landmarks);
-        const auto landmark = [&](int i) {
-            return KeyValue{landmark_key + offset(i), landmark_value + offset(i)};
-        };
-        const int early_steps = capacity >= kEarlySteps * group.count ? kEarlySteps : 0;
-        const int early = early_steps * group.count; // landmarks that come first, visible or not
-#pragma unroll 1
-        for (int step = 0; step < early_steps; ++step) fetch(step, early, landmark);
         position = max(position, 0);
 
         const auto size = [](int64_t x) { return static_cast<unsigned>(x); };
@@ -283,7 +268,7 @@ struct DecodingHead {
         const int chunk = static_cast<int>(position / size(p.chunk_size));
         const int in_chunk = position - chunk * static_cast<int>(p.chunk_size);
         const int slot = static_cast<int>(position % size(slots));
-        const int overlap = static_cast<int>(p.overlap);
+        const int overlap = static_cast<int>(p.overlap), capacity = static_cast<int>(p.num_landmarks);
         const int num_keys = min(in_window + overlap, position); // before the token
         const int first_slot = slot < num_keys ? slot - num_keys + slots : slot - num_keys;
         int num_landmarks = min(chunk, capacity);
@@ -294,6 +279,8 @@ struct DecodingHead {
 
         S* const window_key = rows(p.window_key, slots);
         S* const window_value = rows(p.window_value, slots);
+        const S* const landmark_key = rows(p.landmark_key, p.num_landmarks);
+        const S* const landmark_value = rows(p.landmark_value, p.num_landmarks);
         const T scale = static_cast<T>(p.scale), landmark_bias = static_cast<T>(p.landmark_bias);
         const T* const entropy =
             p.landmark_entropy ? static_cast<const T*>(p.landmark_entropy) + bh * p.num_landmarks : nullptr;
@@ -305,16 +292,16 @@ struct DecodingHead {
         const auto output = row_of<S>(p.output, batch, head, token);
         const auto term = [](T query, T key) { return query * key; };
         attend<T>(
-            num_keys + max(num_landmarks, early), early_steps, scale,
+            num_keys + num_landmarks, scale,
             [&](int j) {
-                if (j < early || j >= early + num_keys) return landmark(j < early ? j : j - num_keys);
-                const uint64_t from = offset(wrapped(first_slot + j - early));
-                return KeyValue{window_key + from, window_value + from};
+                const bool is_key = j < num_keys;
+                const uint64_t from = offset(is_key ? wrapped(first_slot + j) : j - num_keys);
+                return KeyValue{(is_key ? window_key : landmark_key) + from,
+                                (is_key ? window_value : landmark_value) + from};
             },
             [&](int j) {
-                if (j >= early && j < early + num_keys) return window_bias(j - early - num_keys);
-                const int i = j < early ? j : j - num_keys;
-                return i >= num_landmarks ? -infinity<T>() : entropy ? entropy[i] : landmark_bias;
+                if (j < num_keys) return window_bias(j - num_keys);
+                return entropy ? entropy[j - num_keys] : landmark_bias;
             },
             term,
             [&](T(&x)[kChannels], Softmax<T, T>& softmax) {
@@ -400,7 +387,7 @@ struct DecodingHead {
         for (const bool of_keys : {false, true}) {
             if (of_keys && !tangent) return;
             attend<Exact<S>>(
-                chunk_size, 0, scale,
+                chunk_size, scale,
                 [&](int j) {
                     const uint64_t from = offset(wrapped(first_slot + j));
                     return KeyValue{keys + from, (of_keys ? keys : values) + from};
