@@ -89,6 +89,10 @@ def main(arguments: list[str] | None = None) -> None:
     facts = harness.environment(device)
     print(harness.headline(facts))
     results: list[dict[str, Any]] = []
+    slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
+    path = options.json or MEASURED / f"{slug}-{dtype}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = json.dumps({**facts, "dtype": dtype})[:-1]
     for shape in shapes(device.type, options.head_dims or HEAD_DIMS[device.type]):
         about = {"kind": shape.kind, "tokens": shape.tokens, "head_dim": shape.head_dim}
         softmax = measure(shape, None, device, DTYPES[dtype], options.repeats)
@@ -98,12 +102,8 @@ def main(arguments: list[str] | None = None) -> None:
             results.append({**about, "setting": list(setting), **times})
             faster = softmax["training"] / times["training"]
             print(f"{shape}, {setting}: {times['training']:.4g} ms, {faster:.2f}x softmax", flush=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    path = options.json or MEASURED / f"{slug}-{dtype}.json"
-    head = json.dumps({**facts, "dtype": dtype})[:-1]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n  ".join(map(json.dumps, results))
-    path.write_text(f'{head}, "results": [\n  {lines}\n]}}\n')
+        lines = ",\n  ".join(map(json.dumps, results))
+        path.write_text(f'{head}, "results": [\n  {lines}\n]}}\n')  # so far
 
 
 if __name__ == "__main__":
