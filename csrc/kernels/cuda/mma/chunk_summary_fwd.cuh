@@ -58,24 +58,6 @@ struct SummaryFwdPlan {
     }
 };
 
-struct alignas(16) Float8 {
-    float x[8];
-};
-
-template <class S>
-__device__ inline Float8 unpack8(const uint4& packed) {
-    const float2 a = unpack<S>(packed.x), b = unpack<S>(packed.y), c = unpack<S>(packed.z),
-                 d = unpack<S>(packed.w);
-    return Float8{{a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y}};
-}
-
-template <int kLanes>
-__device__ inline float lanes_sum(float x) {
-#pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-    return x;
-}
-
 // Calls f with a value of the parameters' type.
 template <class F>
 __device__ inline void with_type(DType dtype, F f) {
@@ -359,9 +341,7 @@ __global__ void __launch_bounds__(SummaryFwdTraits<kHeadDim>::kThreads,
         if (has_row && inside) {
             const Float8& x = landmark[0];
             const int64_t to = own_row * head_dim + column;
-            *reinterpret_cast<uint4*>(static_cast<S*>(p.landmark_key) + to) =
-                uint4{pack<S>(x.x[0], x.x[1]), pack<S>(x.x[2], x.x[3]), pack<S>(x.x[4], x.x[5]),
-                      pack<S>(x.x[6], x.x[7])};
+            *reinterpret_cast<uint4*>(static_cast<S*>(p.landmark_key) + to) = pack8<S>(x);
             Float8 omega{};
             if (p.noise) omega = *reinterpret_cast<const Float8*>(static_cast<const float*>(p.noise) + to);
             if (has_mu) {
@@ -457,8 +437,7 @@ __global__ void __launch_bounds__(SummaryFwdTraits<kHeadDim>::kThreads,
 #pragma unroll
         for (int d = 0; d < 8; ++d) sum.x[d] *= factor;
         *reinterpret_cast<uint4*>(static_cast<S*>(p.landmark_value) + own_row * head_dim + column) =
-            uint4{pack<S>(sum.x[0], sum.x[1]), pack<S>(sum.x[2], sum.x[3]), pack<S>(sum.x[4], sum.x[5]),
-                  pack<S>(sum.x[6], sum.x[7])};
+            pack8<S>(sum);
     }
 }
 

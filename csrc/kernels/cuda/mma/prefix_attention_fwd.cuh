@@ -2,7 +2,7 @@
 // and its value each, 16 bytes a lane. Bound by memory, so without products on tensor cores.
 #pragma once
 
-#include "kernels/cuda/mma/chunk_summary_fwd.cuh"
+#include "kernels/cuda/mma/tile.cuh"
 
 namespace eva_attn::cuda::mma {
 
@@ -124,9 +124,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     const float factor = sum > 0 ? 1.0f / sum : 0.0f;
 #pragma unroll
     for (int d = 0; d < 8; ++d) output.x[d] *= factor;
-    *reinterpret_cast<uint4*>(const_cast<S*>(column_of(p.output, query_token))) =
-        uint4{pack<S>(output.x[0], output.x[1]), pack<S>(output.x[2], output.x[3]),
-              pack<S>(output.x[4], output.x[5]), pack<S>(output.x[6], output.x[7])};
+    *reinterpret_cast<uint4*>(const_cast<S*>(column_of(p.output, query_token))) = pack8<S>(output);
     if (column == 0)
         static_cast<float*>(p.logsumexp)[bh * tokens + query_token] =
             sum > 0 ? (maximum + log2f(sum)) * kLn2 : kInfinity;

@@ -153,6 +153,31 @@ __device__ inline float4 load4(const W* data) {
     }
 }
 
+// Eight elements of a row, 16 bytes of them in memory.
+struct alignas(16) Float8 {
+    float x[8];
+};
+
+template <class S>
+__device__ inline Float8 unpack8(const uint4& packed) {
+    const float2 a = unpack<S>(packed.x), b = unpack<S>(packed.y), c = unpack<S>(packed.z),
+                 d = unpack<S>(packed.w);
+    return Float8{{a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y}};
+}
+template <class S>
+__device__ inline uint4 pack8(const Float8& y) {
+    return uint4{pack<S>(y.x[0], y.x[1]), pack<S>(y.x[2], y.x[3]), pack<S>(y.x[4], y.x[5]),
+                 pack<S>(y.x[6], y.x[7])};
+}
+
+// Over kLanes lanes side by side.
+template <int kLanes>
+__device__ inline float lanes_sum(float x) {
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+}
+
 // Over the four lanes that hold a row of an accumulator.
 __device__ inline float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
