@@ -7,6 +7,7 @@
 #include "kernels/cuda/mma/window_attention_bwd.cuh"
 #include "kernels/cuda/mma/window_attention_bwd_blocks.cuh"
 #include "kernels/cuda/mma/window_attention_bwd_global.cuh"
+#include "kernels/cuda/mma/window_attention_bwd_global_sm90.cuh"
 #include "kernels/cuda/mma/window_attention_bwd_prefix.cuh"
 #include "kernels/cuda/mma/window_attention_bwd_sm90.cuh"
 
@@ -25,8 +26,15 @@ int64_t Backward<S>::projection_pieces(const SummaryParams& p) {
 
 template <class S>
 void Backward<S>::window_attention_global(const AttentionParams& p, cudaStream_t stream) {
-    p.shape.head_dim <= 64 ? launch_window_attention_bwd_global<GlobalGradTraits<S, 64>>(p, stream)
-                           : launch_window_attention_bwd_global<GlobalGradTraits<S, 128>>(p, stream);
+    if (p.shape.head_dim > 64) {
+        if (!launch_window_attention_bwd_global_sm90<GlobalGradSm90Traits<S, 128>>(p, stream))
+            launch_window_attention_bwd_global<GlobalGradTraits<S, 128>>(p, stream);
+        return;
+    }
+    // Fewer landmarks without masks are bound by what either kernel waits for.
+    const bool is_large = p.shape.geometry.is_causal || p.num_landmarks > kTileRows;
+    if (!is_large || !launch_window_attention_bwd_global_sm90<GlobalGradSm90Traits<S, 64>>(p, stream))
+        launch_window_attention_bwd_global<GlobalGradTraits<S, 64>>(p, stream);
 }
 
 template <class S>

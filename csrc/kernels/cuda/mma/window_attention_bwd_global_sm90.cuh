@@ -1,0 +1,251 @@
+// First kernel of the joint attention's backward with Hopper's asynchronous copies and products: delta, and
+// the gradients of the landmarks, without dropout, padding, prefix tokens or excluded landmarks. A warpgroup
+// keeps 64 landmarks and meets the queries of a piece of the sequence, which its first thread loads ahead.
+#pragma once
+
+#include <climits>
+#include <type_traits>
+
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/mma/bwd_utils.cuh"
+#include "kernels/cuda/mma/persistent.cuh"
+#include "kernels/cuda/mma/warpgroup_product.cuh"
+#include "kernels/cuda/mma/windows.cuh"
+#include "kernels/cuda/tma.cuh"
+
+namespace eva_attn::cuda::mma {
+
+template <class S_, int kHeadDim_>
+struct GlobalGradSm90Traits {
+    using S = S_;
+    static constexpr int kHeadDim = kHeadDim_;
+    static constexpr int kThreads = kWarpgroupSize;
+    static constexpr int kCtasPerSm = kHeadDim == 64 ? 3 : 2;
+    static constexpr int kStages = kHeadDim == 64 ? 3 : 2;
+    using Tile = WarpgroupTile<S, kHeadDim>;
+
+    // Queries and gradients of outputs, or landmark keys and values.
+    struct Pair {
+        Tile first, second;
+    };
+    struct Shared {
+        Pair landmarks;
+        Pair stages[kStages];
+        Tile output;                // used first in a step, so that the next one's has the rest of it to come
+        float logsumexp[kTileRows]; // times log2(e)
+        float delta[kTileRows];
+        uint64_t landmarks_full, stage_full[kStages], output_full;
+    };
+};
+
+struct GlobalGradSm90Maps {
+    CUtensorMap query, grad_output, output, landmark_key, landmark_value;
+};
+
+// Compiled for Hopper alone, as the launch bounds tell.
+template <class Traits>
+__global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize, Traits::kCtasPerSm)
+    window_attention_bwd_global_sm90_kernel(const __grid_constant__ AttentionParams p,
+                                            const __grid_constant__ GlobalGradSm90Maps maps) {
+    if constexpr (kHasWarpgroups) {
+        using S = typename Traits::S;
+        using RowTile = typename Traits::Tile;
+        using Pair = typename Traits::Pair;
+        constexpr int kHeadDim = Traits::kHeadDim, kStages = Traits::kStages;
+        extern __shared__ __align__(1024) char global_grad_memory[];
+        auto& shared = *reinterpret_cast<typename Traits::Shared*>(global_grad_memory);
+
+        const Geometry& g = p.shape.geometry;
+        const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
+        const int landmarks = static_cast<int>(p.num_landmarks), tokens = static_cast<int>(g.num_tokens());
+        const int column_blocks = (landmarks + kTileRows - 1) / kTileRows;
+        int block = blockIdx.x;
+        const int head = block % heads;
+        block /= heads;
+        const int column_block = block % column_blocks;
+        block /= column_blocks;
+        const int piece = block % static_cast<int>(p.pieces);
+        const int batch = block / static_cast<int>(p.pieces);
+        const int64_t bh = int64_t{batch} * heads + head;
+
+        const int tiles = (tokens + kTileRows - 1) / kTileRows;
+        const int last_tile = static_cast<int>(int64_t{tiles} * (piece + 1) / p.pieces);
+        int tile = static_cast<int>(int64_t{tiles} * piece / p.pieces);
+        const int first_column = column_block * kTileRows;
+        const int chunk_width = static_cast<int>(g.chunk_width);
+        if (g.is_causal && column_block > 0) // a chunk is visible from its end on
+            tile = max(tile, min((first_column + 1) * chunk_width / kTileRows, last_tile));
+
+        const auto load_rows = [&](RowTile& to, const CUtensorMap& map, int row, uint64_t* full) {
+#pragma unroll
+            for (int panel = 0; panel < RowTile::kPanels; ++panel)
+                load_box(to.panel[panel], map, full, 64 * panel, row, 0, head, batch);
+        };
+        const auto load_pair = [&](Pair& to, const CUtensorMap& first, const CUtensorMap& second, int row,
+                                   uint64_t* full) {
+            barrier_arrive_expect(full, sizeof(Pair));
+            load_rows(to.first, first, row, full);
+            load_rows(to.second, second, row, full);
+        };
+        const auto load_queries = [&](int tile, int slot) {
+            load_pair(shared.stages[slot], maps.query, maps.grad_output, kTileRows * tile,
+                      &shared.stage_full[slot]);
+        };
+        const auto load_output = [&](int tile) {
+            barrier_arrive_expect(&shared.output_full, sizeof(RowTile));
+            load_rows(shared.output, maps.output, kTileRows * tile, &shared.output_full);
+        };
+        if (threadIdx.x == 0) {
+            barrier_init(&shared.landmarks_full, 1);
+            barrier_init(&shared.output_full, 1);
+            for (int i = 0; i < kStages; ++i) barrier_init(&shared.stage_full[i], 1);
+            barrier_init_fence();
+            load_pair(shared.landmarks, maps.landmark_key, maps.landmark_value, first_column,
+                      &shared.landmarks_full);
+            for (int i = 0; i < kStages && tile + i < last_tile; ++i) {
+                load_queries(tile + i, i);
+                if (i == 0) load_output(tile);
+            }
+        }
+        const float* const logsumexp = static_cast<const float*>(p.logsumexp) + bh * tokens;
+        const auto logsumexp_of = [&](int tile) {
+            const int token = kTileRows * tile + threadIdx.x;
+            return threadIdx.x < kTileRows && token < tokens ? logsumexp[token] * kLog2e : kInfinity;
+        };
+        float next_logsumexp = logsumexp_of(tile);
+
+        const int lane = threadIdx.x % kWarpSize, pair = lane % 4 * 2;
+        const float scale_log2 = static_cast<float>(p.scale) * kLog2e;
+        float bias[2];
+        int column[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            column[r] = first_column + threadIdx.x / kWarpSize * 16 + lane / 4 + 8 * r;
+            bias[r] = column[r] < landmarks ? global_bias(p, TokenBox{}, batch, column[r]) : -kInfinity;
+        }
+        __syncthreads(); // barriers are ready
+        barrier_wait(&shared.landmarks_full, 0);
+
+        float grad_key[kHeadDim / 8][4] = {}, grad_value[kHeadDim / 8][4] = {};
+        RingCursor at;
+        uint32_t output_phase = 0;
+#pragma unroll 1
+        for (; tile < last_tile; ++tile, at.advance(kStages), output_phase ^= 1) {
+            const Pair& stage = shared.stages[at.slot];
+            const int first_query = kTileRows * tile;
+            barrier_wait(&shared.stage_full[at.slot], at.phase);
+            // Landmarks on M, queries on N.
+            float score[kTileRows / 8][4], grad_weight[kTileRows / 8][4];
+            warpgroup_fence();
+            begin_transposed_product(score, shared.landmarks.first, stage.first);
+            begin_transposed_product(grad_weight, shared.landmarks.second, stage.second);
+            warpgroup_commit();
+
+            barrier_wait(&shared.output_full, output_phase);
+            const int row = threadIdx.x / 2, half = threadIdx.x % 2;
+            float delta = 0;
+#pragma unroll
+            for (int panel = 0; panel < RowTile::kPanels; ++panel)
+#pragma unroll
+                for (int unit = 0; unit < 4; ++unit)
+                    delta += dot<S>(stage.second.unit(panel, row, 4 * half + unit),
+                                    shared.output.unit(panel, row, 4 * half + unit));
+            delta += __shfl_xor_sync(~0u, delta, 1);
+            if (half == 0) {
+                shared.delta[row] = delta;
+                if (column_block == 0 && first_query + row < tokens)
+                    static_cast<float*>(p.delta)[bh * tokens + first_query + row] = delta;
+            }
+            if (threadIdx.x < kTileRows) shared.logsumexp[threadIdx.x] = next_logsumexp;
+            __syncthreads();
+            if (tile + 1 < last_tile) {
+                if (threadIdx.x == 0) load_output(tile + 1);
+                next_logsumexp = logsumexp_of(tile + 1);
+            }
+
+            warpgroup_wait();
+            fence_registers(score);
+            fence_registers(grad_weight);
+            if (g.is_causal && first_query < (first_column + kTileRows) * chunk_width) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const int hidden = (column[r] + 1) * chunk_width - first_query;
+#pragma unroll
+                    for (int n = 0; n < kTileRows / 8; ++n)
+#pragma unroll
+                        for (int e = 0; e < 2; ++e)
+                            if (8 * n + pair + e < hidden) score[n][2 * r + e] = -kInfinity;
+                }
+            }
+            uint32_t weight[kTileRows / 16][4], grad_score[kTileRows / 16][4];
+            weigh_queries<S>(weight, grad_score, score, grad_weight, scale_log2, bias, shared.logsumexp,
+                             shared.delta, DropoutFactors<false>{});
+            warpgroup_fence();
+            begin_product(grad_value, weight, stage.second);
+            begin_product(grad_key, grad_score, stage.first);
+            warpgroup_commit();
+            warpgroup_wait();
+#pragma unroll
+            for (int panel = 0; panel < RowTile::kPanels; ++panel) {
+                fence_registers(panel_of(grad_value, panel));
+                fence_registers(panel_of(grad_key, panel));
+            }
+            __syncthreads();
+            if (threadIdx.x == 0 && tile + kStages < last_tile) load_queries(tile + kStages, at.slot);
+        }
+
+        const float scale = static_cast<float>(p.scale);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            if (column[r] >= landmarks) continue;
+            const int64_t row = ((bh * p.pieces + piece) * landmarks + column[r]) * head_dim;
+            float* const key_out = static_cast<float*>(p.grad_global_key) + row;
+            float* const value_out = static_cast<float*>(p.grad_global_value) + row;
+#pragma unroll
+            for (int d = 0; d < kHeadDim / 8; ++d) {
+                if (8 * d >= head_dim) continue;
+                *reinterpret_cast<float2*>(key_out + 8 * d + pair) =
+                    make_float2(scale * grad_key[d][2 * r], scale * grad_key[d][2 * r + 1]);
+                *reinterpret_cast<float2*>(value_out + 8 * d + pair) =
+                    make_float2(grad_value[d][2 * r], grad_value[d][2 * r + 1]);
+            }
+        }
+    }
+}
+
+// False where this kernel was not compiled for the device, or does not do what is asked.
+template <class Traits>
+bool launch_window_attention_bwd_global_sm90(const AttentionParams& p, cudaStream_t stream) {
+    const Geometry& g = p.shape.geometry;
+    const auto kernel = window_attention_bwd_global_sm90_kernel<Traits>;
+    if (p.dropout.threshold > 0 || p.extents || p.key_padding_mask || g.num_prefix_tokens > 0 ||
+        p.num_landmarks == 0)
+        return false;
+    const int64_t blocks =
+        p.shape.batch * p.shape.heads * p.pieces * detail::ceil_div(p.num_landmarks, kTileRows);
+    if (blocks == 0 || g.num_tokens() == 0) return true;
+    constexpr int kBytes = sizeof(typename Traits::Shared);
+    static LimitsOf limits_of;
+    const KernelLimits& limits = limits_of(kernel);
+    if (blocks > INT_MAX || limits.threads < Traits::kThreads || limits.shared_bytes < kBytes) return false;
+
+    GlobalGradSm90Maps maps;
+    const auto make_map = [&](CUtensorMap& map, const Rows& rows, int64_t count) {
+        return make_tensor_map(map, std::is_same_v<typename Traits::S, __half>, rows, p.shape.batch,
+                               p.shape.heads, 1, count, p.shape.head_dim, 1, kTileRows);
+    };
+    const auto make_landmark_map = [&](CUtensorMap& map, const void* data) {
+        const int64_t stride = p.num_landmarks * p.shape.head_dim;
+        const Rows rows{const_cast<void*>(data), p.shape.heads * stride, stride, p.shape.head_dim, 1};
+        return make_map(map, rows, p.num_landmarks);
+    };
+    const int64_t tokens = g.num_tokens();
+    if (!make_map(maps.query, p.query, tokens) || !make_map(maps.grad_output, p.grad_output, tokens) ||
+        !make_map(maps.output, p.output, tokens) || !make_landmark_map(maps.landmark_key, p.landmark_key) ||
+        !make_landmark_map(maps.landmark_value, p.landmark_value))
+        return false;
+    kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, kBytes, stream>>>(p, maps);
+    return true;
+}
+
+} // namespace eva_attn::cuda::mma
