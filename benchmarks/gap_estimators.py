@@ -31,13 +31,14 @@ class Problem:
     @cached_property
     def exact(self) -> Tensor:
         """Whether two tokens share a window: [N, N]."""
-        window = _block_of(self.case.grid, self.case.window)
+        window = self._block_of(self.case.window)
         return window[:, None] == window
 
     @cached_property
     def member(self) -> Tensor:
         """Whether a token is in a chunk: [C, N]."""
-        return _block_of(self.case.grid, self.case.chunk) == torch.arange(self.case.landmarks)[:, None]
+        chunks = torch.arange(self.case.landmarks, device=self.query.device)
+        return self._block_of(self.case.chunk) == chunks[:, None]
 
     @cached_property
     def in_window(self) -> Tensor:
@@ -49,11 +50,11 @@ class Problem:
         """The weights that take the mean of each chunk: [C, N]."""
         return self.member / self.member.sum(-1, keepdim=True)
 
-
-def _block_of(grid: Pair, block: Pair) -> Tensor:
-    """The block that each token of the grid lies in: [N]."""
-    rows, columns = (torch.arange(n) // size for n, size in zip(grid, block, strict=True))
-    return (rows[:, None] * chunk_grid(grid, block)[1] + columns).flatten()
+    def _block_of(self, block: Pair) -> Tensor:
+        """The block that each token of the grid lies in: [N]."""
+        grid, device = self.case.grid, self.query.device
+        rows, columns = (torch.arange(n, device=device) // size for n, size in zip(grid, block, strict=True))
+        return (rows[:, None] * chunk_grid(grid, block)[1] + columns).flatten()
 
 
 def deviations(problem: Problem) -> list[float]:
@@ -190,13 +191,14 @@ def shipped(
 ) -> Tensor:
     """`eva_attn.eva_attention`, with the projection of each layer."""
     batch, heads, _, dim = problem.query.shape
+    size = batch, heads, problem.case.landmarks, dim
     return eva_attn.eva_attention(
         problem.query,
         problem.key,
         problem.value,
         **problem.case.geometry(),
         projection=projections[problem.layer] if projections else None,
-        noise=torch.randn(batch, heads, problem.case.landmarks, dim) if noise else None,
+        noise=torch.randn(size, device=problem.query.device) if noise else None,
         **options,
     )
 
@@ -219,8 +221,8 @@ def mean_value(problem: Problem) -> Tensor:
 
 
 def rfa(problem: Problem, samples: int, orthogonal: bool = False) -> Tensor:
-    dim = problem.query.shape[-1]
-    omega = estimators.orthogonal_samples(samples, dim) if orthogonal else torch.randn(samples, dim)
+    make = estimators.orthogonal_samples if orthogonal else torch.randn
+    omega = make(samples, problem.query.shape[-1], device=problem.query.device)
     return estimators.rfa(problem.query, problem.key, problem.value, omega)
 
 
@@ -234,7 +236,7 @@ def nystrom(problem: Problem) -> Tensor:
     left = (problem.query @ key.mT * scale).softmax(-1)
     middle = (query @ key.mT * scale).softmax(-1)
     right = (query @ problem.key.mT * scale).softmax(-1)
-    identity = torch.eye(middle.shape[-1])
+    identity = torch.eye(middle.shape[-1], device=middle.device)
     norm = middle.sum(-2).amax(-1) * middle.sum(-1).amax(-1)
     inverse = middle.mT / norm[..., None, None]
     for _ in range(6):
@@ -335,7 +337,7 @@ def projected(case: Case, problems: list[Problem], steps: int) -> list[Estimator
 
 def fit_projection(kind: str, problem: Problem, steps: int) -> LandmarkProjection:
     """A projection trained to bring EVA near to softmax, and nothing else, from the identity on."""
-    projection = LandmarkProjection(problem.case.head_dim, kind)
+    projection = LandmarkProjection(problem.case.head_dim, kind, problem.query.device)
     if steps:
         for branch in filter(None, (projection.key, projection.query)):
             torch.nn.init.eye_(branch[0].weight)

@@ -1,6 +1,7 @@
 """Trained models whose attention can be exchanged, for `benchmarks.gap`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ class TextEncoder:
 
     name, score_name = "text", "cosine"
 
-    def __init__(self, sequences: int) -> None:
+    def __init__(self, sequences: int, device: torch.device) -> None:
         self.model, tokenizer = text_encoder.load()
+        self.model.to(device)
         from transformers import AttentionInterface
 
         AttentionInterface.register("gap", self._attention)
@@ -43,7 +45,7 @@ class TextEncoder:
             F.pad(spans, (1, 0), value=tokenizer.cls_token_id), (0, 1), value=tokenizer.sep_token_id
         )
         spread = torch.linspace(0, len(spans) - 1, 2 * sequences).long()
-        self.inputs, self.others = spans[spread[::2]], spans[spread[1::2]]
+        self.inputs, self.others = (spans[chosen].to(device) for chosen in (spread[::2], spread[1::2]))
 
     def _attention(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
@@ -64,7 +66,7 @@ class TextEncoder:
 class DigitsTransformer:
     """A vision transformer of `examples.train_digits`, whose score is its accuracy on test digits.
 
-    It is that of `checkpoint`, or else is trained as `training` says.
+    It is that of `checkpoint`, or else is trained as `training` says, and on its device either way.
     """
 
     name, score_name = "vision", "accuracy"
@@ -81,8 +83,8 @@ class DigitsTransformer:
         if checkpoint is None:
             self.model, _ = train(training, train_set, test_set[:score_images])
         else:
-            content = torch.load(checkpoint, weights_only=True)
-            training = Options(**content["options"])
+            content = torch.load(checkpoint, map_location=training.device, weights_only=True)
+            training = replace(Options(**content["options"]), device=training.device)
             self.model = make_model(training)
             self.model.load_state_dict(content["model"])
         if training.attention != "softmax":
@@ -90,8 +92,9 @@ class DigitsTransformer:
         self.model.eval()
         side = digits.SIDE // training.patch_size
         self.grid = (side, side)
-        self.inputs, self.others = test_set.images[:images], train_set.images[:images]
-        self.test_set = test_set[:score_images]
+        self.inputs = test_set.images[:images].to(training.device)
+        self.others = train_set.images[:images].to(training.device)
+        self.test_set = test_set[:score_images].to(training.device)
 
     @torch.no_grad()
     def run(self, inputs: Tensor, attend: Attend) -> Tensor:

@@ -87,7 +87,7 @@ def draw_landmarks(model: DigitsTransformer, window: int, chunk: int, path: Path
     count = len(images)
     case = Case("picture", count, 1, count, 1, model.grid, (window, window), (chunk, chunk), query.shape[-1])
     problem = Problem(0, query, key, value, case)
-    identity = torch.eye(case.tokens).expand(count, 1, -1, -1)
+    identity = torch.eye(case.tokens, device=query.device).expand(count, 1, -1, -1)
     softmax = estimators.softmax_attention(query, key, identity)
     tangent = estimators.tangent_weights(mean_query(problem), key, problem.member)
     tokens = softmax.masked_fill(problem.exact, 0).sum(-1).argmax(-1)  # [B, 1]
@@ -118,7 +118,7 @@ def draw_landmarks(model: DigitsTransformer, window: int, chunk: int, path: Path
         for axes, (title, pictures) in zip(row, columns.items(), strict=True):
             is_image = title == "image"
             axes.imshow(
-                pictures[i].reshape((28, 28) if is_image else model.grid),
+                pictures[i].cpu().reshape((28, 28) if is_image else model.grid),
                 cmap="gray" if is_image else "viridis",
             )
             if title.startswith("query"):

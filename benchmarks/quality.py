@@ -172,7 +172,7 @@ class Training(Run):
         )
         chosen = self.task.choose(train_set.labels[: -options.held_out], first, generator)
         self.chosen = chosen.view(options.steps, options.batch_size, -1).to(self.device)
-        self.data = on_device(train_set, self.device)
+        self.data = train_set.to(self.device)
         self.train_step = GraphedStep(self._train_step)
 
     def advance(self) -> Tensor:
@@ -191,7 +191,7 @@ class Training(Run):
     def scores(self, data: Digits, first: Tensor) -> list[float]:
         """Accuracy in telling each thing apart, in images of the digits numbered `first` of a selection."""
         chosen = self.task.choose(data.labels, first, torch.Generator().manual_seed(0))
-        data = on_device(data, self.device)
+        data = data.to(self.device)
         correct = torch.zeros(len(self.task.classes), device=self.device)
         self.model.eval()
         for part in chosen.to(self.device).split(EVALUATED):
@@ -204,10 +204,6 @@ class Training(Run):
     def logits(self, images: Tensor) -> Tensor:
         with autocast(self.device, self.options.dtype):
             return self.model(images)
-
-
-def on_device(data: Digits, device: torch.device) -> Digits:
-    return Digits(data.images.to(device), data.labels.to(device))
 
 
 def train(options: Options, train_set: Digits, test_set: Digits) -> Trained:

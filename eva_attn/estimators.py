@@ -74,13 +74,23 @@ def optimal_coefficients(value: Tensor) -> Tensor:
     return value[..., None, :, :]
 
 
-def orthogonal_samples(num_samples: int, dim: int, *, generator: torch.Generator | None = None) -> Tensor:
+def orthogonal_samples(
+    num_samples: int,
+    dim: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Samples of N(0, I), orthogonal in blocks of `dim` (Choromanski et al., 2021). [num_samples, dim]."""
+
+    def normal() -> Tensor:
+        return torch.randn(dim, dim, generator=generator, device=device)
+
     blocks = []
     for _ in range(0, num_samples, dim):
-        directions, triangle = torch.linalg.qr(torch.randn(dim, dim, generator=generator))
+        directions, triangle = torch.linalg.qr(normal())
         directions = directions * triangle.diagonal().sign()  # makes them uniformly distributed
-        lengths = torch.randn(dim, dim, generator=generator).norm(dim=0)
+        lengths = normal().norm(dim=0)
         blocks.append((directions * lengths).mT)
     return torch.cat(blocks)[:num_samples]
 

@@ -28,6 +28,9 @@ class Digits:
     def __getitem__(self, index: slice) -> "Digits":
         return Digits(self.images[index], self.labels[index])
 
+    def to(self, device: torch.device | str) -> "Digits":
+        return Digits(self.images.to(device), self.labels.to(device))
+
 
 def load(folder: Path | None = None) -> tuple[Digits, Digits]:
     """All training and test images, from `mnist_train.csv` and `mnist_test.csv` in `folder`.

