@@ -118,7 +118,7 @@ def draw_landmarks(model: DigitsTransformer, window: int, chunk: int, path: Path
         for axes, (title, pictures) in zip(row, columns.items(), strict=True):
             is_image = title == "image"
             axes.imshow(
-                pictures[i].cpu().reshape((28, 28) if is_image else model.grid),
+                pictures[i].numpy(force=True).reshape((28, 28) if is_image else model.grid),
                 cmap="gray" if is_image else "viridis",
             )
             if title.startswith("query"):
