@@ -1,10 +1,12 @@
 """The language model learns, resumes, generates what its parallel pass would, and reads text as it says."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from benchmarks import byte_lm as seeds
 from examples import byte_lm
 from examples.byte_lm import ByteModel, Options, Training, generate
 
@@ -126,3 +128,39 @@ def test_command_trains_and_generates(tmp_path, capfdbinary):
     assert out.startswith(b"abc")
     assert len(out) == 3 + 5
     assert b"bytes a second" in err
+
+
+def test_seeds_are_merged(tmp_path, capsys):
+    path = tmp_path / "text"
+    path.write_bytes(b"abcdefgh" * 200)
+    sizes = [
+        "--context=16",
+        "--window=8",
+        "--chunk=4",
+        "--width=16",
+        "--depth=1",
+        "--steps=2",
+        "--evaluations=2",
+    ]
+
+    def train(attention: str, seed: int, *flags: str) -> str:
+        written = tmp_path / f"{attention}-{seed}.json"
+        arguments = [f"--attention={attention}", f"--seed={seed}", f"--json={written}", *flags]
+        byte_lm.main([*sizes, f"--text={path}", f"--output-dir={tmp_path}", *arguments])
+        return str(written)
+
+    runs = [train("window", 0), train("eva", 1), train("eva", 0)]
+    merged = tmp_path / "merged.json"
+    seeds.main([*runs, f"--json={merged}"])
+    assert "step 2" in capsys.readouterr().out
+    content = json.loads(merged.read_text())
+    assert "--context 16" in content["command"]
+    eva, window = content["results"]
+    assert (eva["attention"], eva["seeds"], eva["steps"]) == ("eva", [0, 1], [1, 2])
+    assert (window["attention"], window["seeds"], window["deviation"]) == ("window", [0], [0, 0])
+    first, second = (curve[-1][2] for curve in eva["curves"])
+    assert eva["mean"][-1] == pytest.approx((first + second) / 2, abs=1e-4)
+    assert eva["deviation"][-1] == pytest.approx(abs(first - second) / 2**0.5, abs=2e-4)
+
+    with pytest.raises(ValueError, match="differ in more than attention and seed"):
+        seeds.main([*runs, train("eva", 2, "--width=8")])
