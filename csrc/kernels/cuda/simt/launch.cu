@@ -29,20 +29,33 @@ __global__ void __launch_bounds__(simt::kThreads)
 }
 
 // One element of [2, D + 3, D] a lane; the warps of a block share the summands.
+constexpr int kSumWarps = 16, kSumUnroll = 8;
+
 template <class T>
-__global__ void __launch_bounds__(simt::kThreads)
+__global__ void __launch_bounds__(kSumWarps* simt::kLanes, 3)
     sum_projection_gradients_kernel(const __grid_constant__ ProjectionGradients p) {
-    __shared__ T sums[simt::kWarps][simt::kLanes];
+    __shared__ T sums[kSumWarps][simt::kLanes];
     const int64_t size = (p.head_dim + 3) * p.head_dim;
     const int64_t i = static_cast<int64_t>(blockIdx.x) * simt::kLanes + simt::lane();
+    const T* const terms = static_cast<const T*>(p.terms) + i;
     T sum = 0;
-#pragma unroll 8
-    for (int64_t piece = simt::warp(); piece < p.pieces; piece += simt::kWarps)
-        if (i < 2 * size) sum += static_cast<const T*>(p.terms)[piece * 2 * size + i];
+    const int pieces = i < 2 * size ? static_cast<int>(p.pieces) : 0;
+#pragma unroll 1
+    for (int first = simt::warp(); first < pieces; first += kSumUnroll * kSumWarps) {
+        T term[kSumUnroll]; // all of them under way before the first is added
+#pragma unroll
+        for (int u = 0; u < kSumUnroll; ++u) {
+            const int piece = first + u * kSumWarps;
+            term[u] = piece < pieces ? terms[piece * 2 * size] : T(0);
+        }
+#pragma unroll
+        for (int u = 0; u < kSumUnroll; ++u) sum += term[u];
+    }
     sums[simt::warp()][simt::lane()] = sum;
     __syncthreads();
     if (simt::warp() != 0 || i >= 2 * size) return;
-    for (int warp = 1; warp < simt::kWarps; ++warp) sum += sums[warp][simt::lane()];
+#pragma unroll
+    for (int warp = 1; warp < kSumWarps; ++warp) sum += sums[warp][simt::lane()];
 
     const int64_t projection = i / size, row = i % size / p.head_dim, column = i % p.head_dim;
     const ProjectionGradients::Parameter* const parameters[] = {p.bias, p.norm_weight, p.norm_bias};
@@ -89,7 +102,7 @@ void sum_projection_gradients(DType accumulation, const ProjectionGradients& p, 
     const int64_t blocks = detail::ceil_div(2 * (p.head_dim + 3) * p.head_dim, simt::kLanes);
     const auto kernel = accumulation == DType::kDouble ? sum_projection_gradients_kernel<double>
                                                        : sum_projection_gradients_kernel<float>;
-    simt::launch(kernel, blocks, 0, stream, p);
+    kernel<<<static_cast<unsigned>(blocks), kSumWarps * simt::kLanes, 0, stream>>>(p);
 }
 
 namespace simt {
