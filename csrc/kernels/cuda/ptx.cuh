@@ -48,18 +48,22 @@ __device__ inline uint4 load_streaming(const void* global, bool valid) {
     return x;
 }
 
-// Four 8 x 8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
-__device__ inline void load_matrix(uint32_t (&r)[4], const void* row) {
+// Four 8 x 8 matrices of 16-bit elements; lane i gives the shared address of row i % 8 of matrix i / 8.
+__device__ inline void load_matrix(uint32_t (&r)[4], uint32_t row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
+                 : "memory");
+}
+__device__ inline void load_matrix(uint32_t (&r)[4], const void* row) { load_matrix(r, shared_address(row)); }
+__device__ inline void load_matrix_transposed(uint32_t (&r)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row)
                  : "memory");
 }
 __device__ inline void load_matrix_transposed(uint32_t (&r)[4], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
-                 : "memory");
+    load_matrix_transposed(r, shared_address(row));
 }
 
 // C [16, 8] += A [16, 16] B [16, 8] in float. With group = lane / 4 and pair = 2 * (lane % 4), a lane holds
@@ -79,21 +83,6 @@ __device__ inline void multiply_add<__nv_bfloat16>(float (&c)[4], const uint32_t
 template <>
 __device__ inline void multiply_add<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ inline float round_to_tf32(float x) {
-    uint32_t y;
-    asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(y) : "f"(x));
-    return __uint_as_float(y);
-}
-// C [16, 8] += A [16, 8] B [8, 8] of numbers rounded to tf32. A lane holds A rows group and group + 8 (a[0],
-// a[1]: column lane % 4; a[2], a[3]: 4 further), B rows lane % 4 (b0) and 4 further (b1) of column group, C
-// as the 16-bit product does.
-__device__ inline void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

@@ -13,69 +13,192 @@ __device__ inline float parameter(const Projection& a, const void* data, int i) 
     return static_cast<float>(static_cast<const S*>(data)[i]);
 }
 
-// [rows, kColumns] of floats, whose columns are permuted by the row. Of rows of chunks neither four columns
-// of two rows, nor pairs of columns of four rows, nor eight columns of every other row of eight meet in a
-// bank; of weights neither pairs of columns of the rows nor every other row of the columns that products take
-// together.
-template <int kColumns, bool kIsWeight = false>
-struct FloatTile {
-    float* data;
+// Rows of floats as sums of two bfloat16, kHeadDim high halves and then as many low ones; their place may
+// hold the floats themselves.
+template <int kHeadDim>
+struct SplitRows {
+    static constexpr int kUnits = kHeadDim / 8;
+    using Halves = Tile<__nv_bfloat16, 2 * kHeadDim>;
 
-    __device__ float* at(int row, int column) const {
-        const int permutation = kIsWeight ? (row & 1) * 8 + (row & 2) + (row & 4) * 4
-                                          : ((row ^ row >> 2) & 1) * 16 + (row & 2) * 4;
-        return data + row * kColumns + (column ^ permutation);
+    static constexpr int kRowBytes = 4 * kHeadDim, kLowBytes = 2 * kHeadDim;
+
+    Halves halves; // starts at a multiple of kRowBytes
+
+    // Of units 2 n and 2 n + 1 further than `unit`, an even one or the next, the addresses are ^ 32 n.
+    __device__ uint32_t address(int row, int unit) const { return shared_address(halves.unit(row, unit)); }
+    __device__ void store(int row, int column, const Float8& x) const {
+        SplitPair pair[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) pair[i] = split(x.x[2 * i], x.x[2 * i + 1]);
+        *reinterpret_cast<uint4*>(halves.unit(row, column / 8)) =
+            uint4{pair[0].high, pair[1].high, pair[2].high, pair[3].high};
+        *reinterpret_cast<uint4*>(halves.unit(row, kUnits + column / 8)) =
+            uint4{pair[0].low, pair[1].low, pair[2].low, pair[3].low};
     }
-    __device__ float2& pair(int row, int column) const { return *reinterpret_cast<float2*>(at(row, column)); }
-    __device__ float4& four(int row, int column) const {
-        static_assert(!kIsWeight);
-        return *reinterpret_cast<float4*>(at(row, column));
+    __device__ float* floats(int row, int column) const {
+        return reinterpret_cast<float*>(halves.unit(row, column / 4)) + column % 4;
+    }
+    __device__ Float8 load_floats(int row, int column) const {
+        Float8 x;
+#pragma unroll
+        for (int i = 0; i < 8; i += 4)
+            *reinterpret_cast<float4*>(x.x + i) = *reinterpret_cast<const float4*>(floats(row, column + i));
+        return x;
     }
 };
 
-// Numbers of rows are in registers as in a product's result, [columns / 8][4], with the columns dealt such
-// that a lane has four in line: column_of(n, e) is that of number e of tile n.
-__device__ inline int column_of(int n, int e) {
-    return 16 * (n / 2) + threadIdx.x % 4 * 4 + n % 2 * 2 + e % 2;
+// C += A B, but for the product of the low halves: n8 columns of B from its column tile `n` of two.
+__device__ inline void multiply_add_split(float (&c)[4], const uint32_t (&a)[2][4], const uint32_t (&b)[2][4],
+                                          int n) {
+    multiply_add<__nv_bfloat16>(c, a[1], b[0][2 * n], b[0][2 * n + 1]);
+    multiply_add<__nv_bfloat16>(c, a[0], b[1][2 * n], b[1][2 * n + 1]);
+    multiply_add<__nv_bfloat16>(c, a[0], b[0][2 * n], b[0][2 * n + 1]);
 }
 
-// The means of up to kMaxChunks chunks go through the projections together: a warp takes 16 of them, one of
-// the two projections and kPartColumns columns of the results.
+// A W^T, or A W: 16 kRowTiles rows, 16 columns from `column` onward.
+template <bool kTransposed, int kHeadDim, int kRowTiles>
+__device__ inline void multiply_weight(float (&y)[kRowTiles][2][4], SplitRows<kHeadDim> a,
+                                       SplitRows<kHeadDim> weight, int column) {
+    using Rows = SplitRows<kHeadDim>;
+    const int lane = threadIdx.x % kWarpSize;
+    const uint32_t a_rows = a.address(lane % 16, lane / 16);
+    const uint32_t b_rows = kTransposed ? weight.address(column + lane % 8 + lane / 16 * 8, lane / 8 % 2)
+                                        : weight.address(lane % 16, column / 8 + lane / 16);
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) y[r][i / 4][i % 4] = 0;
+#pragma unroll 4
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+        uint32_t b[2][4];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            kTransposed
+                ? load_matrix(b[half], (b_rows ^ 32 * k) + half * Rows::kLowBytes)
+                : load_matrix_transposed(b[half], b_rows + 16 * k * Rows::kRowBytes + half * Rows::kLowBytes);
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) {
+            uint32_t from_a[2][4];
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                load_matrix(from_a[half],
+                            (a_rows ^ 32 * k) + 16 * r * Rows::kRowBytes + half * Rows::kLowBytes);
+            multiply_add_split(y[r][0], from_a, b, 0);
+            multiply_add_split(y[r][1], from_a, b, 1);
+        }
+    }
+}
+
+// Leaves such a product as floats.
+template <int kHeadDim, int kRowTiles>
+__device__ inline void store_product(SplitRows<kHeadDim> to, const float (&y)[kRowTiles][2][4], int column) {
+    const int group = threadIdx.x % kWarpSize / 4, pair = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; e += 2)
+                *reinterpret_cast<float2*>(to.floats(16 * r + group + 4 * e, column + 8 * n + pair)) =
+                    make_float2(y[r][n][e], y[r][n][e + 1]);
+}
+
+template <class W>
+__device__ inline Float8 load8(const W* data) {
+    Float8 x;
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) *reinterpret_cast<float4*>(x.x + i) = load4(data + i);
+    return x;
+}
+
+// A row, eight columns of which each of kLanes lanes holds, becomes its deviation from its mean over its
+// standard deviation, whose reciprocal is returned.
+template <int kLanes>
+__device__ inline float standardise(Float8& x, bool inside, float reciprocal_dim, float eps) {
+    float sum = 0, squares = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum += x.x[i];
+    const float center = lanes_sum<kLanes>(sum) * reciprocal_dim;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        x.x[i] = inside ? x.x[i] - center : 0.0f;
+        squares += x.x[i] * x.x[i];
+    }
+    const float rstd = rsqrtf(lanes_sum<kLanes>(squares) * reciprocal_dim + eps);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x.x[i] *= rstd;
+    return rstd;
+}
+
+// A projection in shared memory.
+template <int kHeadDim>
+struct ProjectionWeights {
+    alignas(4 * kHeadDim) __nv_bfloat16 linear_data[2 * kHeadDim * kHeadDim];
+    float bias[kHeadDim], norm_weight[kHeadDim], norm_bias[kHeadDim];
+
+    __device__ SplitRows<kHeadDim> linear() const { return {{const_cast<__nv_bfloat16*>(linear_data)}}; }
+
+    template <class S, int kThreads>
+    __device__ void load(const Projection& a, int head_dim) {
+        constexpr int kLanes = kHeadDim / 8, kRows = kThreads / kLanes, kCount = kHeadDim / kRows;
+        const int column = threadIdx.x % kLanes * 8;
+        const auto load_linear = [&](const auto* weight) {
+            Float8 x[kCount];
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) {
+                const int row = threadIdx.x / kLanes + i * kRows;
+                x[i] =
+                    row < head_dim && column < head_dim ? load8(weight + row * head_dim + column) : Float8{};
+            }
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) linear().store(threadIdx.x / kLanes + i * kRows, column, x[i]);
+        };
+        a.dtype == DType::kFloat ? load_linear(static_cast<const float*>(a.weight))
+                                 : load_linear(static_cast<const S*>(a.weight));
+        static_assert(kThreads >= kHeadDim);
+        if (const int i = threadIdx.x; i < kHeadDim) {
+            const auto value = [&](const void* data, float otherwise) {
+                return data && i < head_dim ? parameter<S>(a, data, i) : otherwise;
+            };
+            bias[i] = value(a.bias, 0);
+            norm_weight[i] = value(a.norm_weight, 1);
+            norm_bias[i] = value(a.norm_bias, 0);
+        }
+    }
+};
+
+// In products a warp takes 16 columns of up to kMaxChunks rows, one a chunk; between them kLanes lanes take
+// a row.
 template <class S_, int kHeadDim_>
 struct ProjectionTraits {
     using S = S_;
     static constexpr int kHeadDim = kHeadDim_;
-    static constexpr int kTiles = kHeadDim / 8;
-    static constexpr int kRowTiles = 2, kMaxChunks = 16 * kRowTiles;
-    static constexpr int kPartColumns = 32, kParts = kHeadDim / kPartColumns, kPartTiles = kPartColumns / 8;
-    static constexpr int kWarps = kRowTiles * 2 * kParts, kThreads = kWarps * kWarpSize;
-    static constexpr int kCtasPerSm = kHeadDim == 64 ? 2 : 1;
-    static constexpr int kStages = kHeadDim == 64 ? 2 : 1;
-    static constexpr bool kKeepWeights = kHeadDim == 64; // in shared memory
-    // Gradient of a Linear's weight: a warp takes 16 rows of one.
-    static_assert(kWarps * 16 == 2 * kHeadDim);
+    static constexpr int kLanes = kHeadDim / 8, kParts = kHeadDim / 16;
+    using Weights = ProjectionWeights<kHeadDim>;
 
-    // Of the key's projection, of the query's. Factors of products are rounded to tf32.
-    struct Weights {
-        float weight[2][kKeepWeights ? kHeadDim * kHeadDim : 2];
-        float bias[2][kHeadDim], norm_weight[2][kHeadDim];
-    };
-    static constexpr int kOmegaWarps = 8, kOmegaThreads = kOmegaWarps * kWarpSize;
-    struct OmegaShared {
-        Weights weights;
-        float norm_bias[2][kHeadDim];
-        float mean[kOmegaWarps][16 * kHeadDim];
-    };
-    struct Stage {
-        float mean[2][kMaxChunks * kHeadDim];
-        // Of landmark keys and of mu, in whose places the gradients of the Linears' outputs are left.
-        float grad[2][kMaxChunks * kHeadDim];
-    };
+    // One projection's gradients.
+    static constexpr int kWarps = kParts, kThreads = kWarps * kWarpSize;
+    static constexpr int kRowTiles = kHeadDim == 64 ? 2 : 1, kMaxChunks = 16 * kRowTiles;
+    static constexpr int kCtasPerSm = kHeadDim == 64 ? 4 : 2;
+    static_assert(kThreads / kLanes == 16);
     struct Shared {
         Weights weights;
-        // Of parts of rows, before the normalisation and of its gradient.
-        float2 sums[2][2][kMaxChunks][kParts];
-        Stage stage[kStages];
+        alignas(4 * kHeadDim) __nv_bfloat16 mean[kMaxChunks * 2 * kHeadDim];
+        __nv_bfloat16 grad[kMaxChunks * 2 * kHeadDim]; // of the Linear's output, which it held before
+        float factor[kMaxChunks];                      // from gradients of means to those of tokens
+        uint4 stage[kRowTiles][2][2][kThreads];        // means, gradients of mu
+    };
+    static_assert(3 * kWarps * kHeadDim * sizeof(float) <= sizeof(Shared::stage));
+
+    // omega: the projections side by side or, to save space, in turn.
+    static constexpr int kSides = kHeadDim == 64 ? 2 : 1;
+    static constexpr int kOmegaThreads = kSides * kParts * kWarpSize;
+    static constexpr int kOmegaRowTiles = 2, kOmegaChunks = 16 * kOmegaRowTiles;
+    static constexpr int kOmegaCtasPerSm = kHeadDim == 64 ? 3 : 2;
+    struct OmegaShared {
+        Weights weights[kSides];
+        alignas(4 * kHeadDim) __nv_bfloat16 mean[kSides][kOmegaChunks * 2 * kHeadDim];
+        __nv_bfloat16 output[kSides][kOmegaChunks * 2 * kHeadDim];
     };
 };
 
@@ -86,6 +209,8 @@ struct SummaryGradPlan {
     int parts_log2;      // groups of lanes that share a chunk
     int passes;          // tokens that each of them takes
     int group;           // chunks that go through the projections together
+    int divisor;         // of all chunks' means; 0: to be counted
+    int omega_blocks;    // beside those that sum pieces
 
     __device__ TokenBox box(const Geometry& g, int chunk_index) const {
         return TokenBox{
@@ -99,218 +224,28 @@ struct SummaryGradPlan {
     }
 };
 
-__device__ inline bool has_norm(const SummaryParams& p, int branch) {
-    return (branch ? p.query_projection : p.key_projection).norm_weight != nullptr;
-}
-// The key's projection is branch 0, the query's 1.
-__device__ inline int count_branches(const SummaryParams& p) {
-    return !p.has_projection ? 0 : p.has_query_projection ? 2 : 1;
-}
-
-template <int kHeadDim, int kThreads, class Weight>
-__device__ inline void load_linear(float* shared, const Weight* weight, int head_dim) {
-    constexpr int kCount = kHeadDim * kHeadDim / 4 / kThreads;
-    float4 x[kCount];
-    const auto row = [](int i) { return static_cast<int>(threadIdx.x + i * kThreads) / (kHeadDim / 4); };
-    const int column = threadIdx.x % (kHeadDim / 4) * 4;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-        x[i] = row(i) < head_dim && column < head_dim ? load4(weight + row(i) * head_dim + column) : float4{};
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-        const FloatTile<kHeadDim, true> tile{shared};
-        tile.pair(row(i), column) = make_float2(round_to_tf32(x[i].x), round_to_tf32(x[i].y));
-        tile.pair(row(i), column + 2) = make_float2(round_to_tf32(x[i].z), round_to_tf32(x[i].w));
-    }
-}
-
-// The LayerNorms' biases where they have a place.
-template <class Traits, int kThreads>
-__device__ inline void load_projections(const SummaryParams& p, typename Traits::Weights& weights,
-                                        float (*norm_biases)[Traits::kHeadDim] = nullptr) {
-    using S = typename Traits::S;
-    constexpr int kHeadDim = Traits::kHeadDim;
-    const int head_dim = static_cast<int>(p.shape.head_dim), branches = count_branches(p);
-    for (int branch = 0; branch < branches; ++branch) {
-        const Projection& a = branch ? p.query_projection : p.key_projection;
-        if constexpr (Traits::kKeepWeights) {
-            if (a.dtype == DType::kFloat) {
-                load_linear<kHeadDim, kThreads>(weights.weight[branch], static_cast<const float*>(a.weight),
-                                                head_dim);
-            } else {
-                load_linear<kHeadDim, kThreads>(weights.weight[branch], static_cast<const S*>(a.weight),
-                                                head_dim);
-            }
-        }
-    }
-    if (threadIdx.x >= 2 * kHeadDim) return;
-    const int branch = threadIdx.x / kHeadDim, i = threadIdx.x % kHeadDim;
-    const Projection& a = branch ? p.query_projection : p.key_projection;
-    const bool inside = branch < branches && i < head_dim;
-    const float bias = inside && a.bias ? parameter<S>(a, a.bias, i) : 0.0f;
-    const float norm_weight = inside && a.norm_weight ? parameter<S>(a, a.norm_weight, i) : 1.0f;
-    const float norm_bias = inside && a.norm_bias ? parameter<S>(a, a.norm_bias, i) : 0.0f;
-    weights.bias[branch][i] = bias;
-    weights.norm_weight[branch][i] = norm_weight;
-    if (norm_biases) norm_biases[branch][i] = norm_bias;
-}
-
-// 16 rows of head_dim floats from row `first` onward, of which `count` exist.
-template <int kTiles>
-__device__ inline void load_rows(float (&x)[kTiles][4], const void* rows, int first, int count,
-                                 int head_dim) {
-    const int group = threadIdx.x % kWarpSize / 4;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const float* const from = static_cast<const float*>(rows) + int64_t{first + group + 8 * r} * head_dim;
-#pragma unroll
-        for (int n = 0; n < kTiles; n += 2) {
-            const bool exists = group + 8 * r < count && column_of(n, 0) < head_dim;
-            const float4 y = exists ? *reinterpret_cast<const float4*>(from + column_of(n, 0)) : float4{};
-            x[n][2 * r] = y.x, x[n][2 * r + 1] = y.y, x[n + 1][2 * r] = y.z, x[n + 1][2 * r + 1] = y.w;
-        }
-    }
-}
-
-// x += 16 rows of a tile.
-template <int kTiles, int kColumns>
-__device__ inline void add_rows(float (&x)[kTiles][4], FloatTile<kColumns> tile, int row, int first_column) {
-    const int group = threadIdx.x % kWarpSize / 4;
-#pragma unroll
-    for (int n = 0; n < kTiles; n += 2)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const float4 y = tile.four(row + group + 8 * r, first_column + column_of(n, 0));
-            x[n][2 * r] += y.x, x[n][2 * r + 1] += y.y, x[n + 1][2 * r] += y.z, x[n + 1][2 * r + 1] += y.w;
-        }
-}
-
-// A step of eight of a product of 16 rows: its factors' columns 0 .. 7 come in the order 0, 2, 4, 6, 1, 3,
-// 5, 7, in which a lane's numbers lie.
-__device__ inline void multiply_add_step(float (&c)[4], const float (&a)[4], const float2& b) {
-    const uint32_t factor[4] = {__float_as_uint(a[0]), __float_as_uint(a[2]), __float_as_uint(a[1]),
-                                __float_as_uint(a[3])};
-    multiply_add_tf32(c, factor, __float_as_uint(b.x), __float_as_uint(b.y));
-}
-
-// Keeps 16 rows, rounded, as a product's first factor.
-template <int kTiles, int kColumns>
-__device__ inline void store_factor(FloatTile<kColumns> tile, int row, int first_column,
-                                    const float (&x)[kTiles][4]) {
-    const int group = threadIdx.x % kWarpSize / 4;
-#pragma unroll
-    for (int n = 0; n < kTiles; n += 2)
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-            tile.four(row + group + 8 * r, first_column + column_of(n, 0)) =
-                make_float4(round_to_tf32(x[n][2 * r]), round_to_tf32(x[n][2 * r + 1]),
-                            round_to_tf32(x[n + 1][2 * r]), round_to_tf32(x[n + 1][2 * r + 1]));
-    __syncwarp();
-}
-
-// y += A W, or A W^T, of which y has the columns from `first_column` onward: 16 rows of `a` from `row`
-// onward; W from `kept`, or where nothing is, from `weight`.
-template <class Traits, bool kTransposed, int kTiles, class Weight>
-__device__ inline void multiply_weight(float (&y)[kTiles][4], FloatTile<Traits::kHeadDim> a, int row,
-                                       int first_column, const float* kept, const Weight* weight,
-                                       int head_dim) {
-    constexpr int kHeadDim = Traits::kHeadDim;
-    const FloatTile<kHeadDim, true> tile{const_cast<float*>(kept)};
-    const int group = threadIdx.x % kWarpSize / 4, pair = threadIdx.x % 4 * 2;
-    const int own_column = first_column + group / 2 * 4 + group % 2;
-#pragma unroll 2
-    for (int k = 0; k < kHeadDim / 8; ++k) {
-        const float2 upper = a.pair(row + group, 8 * k + pair), lower = a.pair(row + group + 8, 8 * k + pair);
-        const float factor[4] = {upper.x, upper.y, lower.x, lower.y};
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-            const int own = own_column + 16 * (n / 2) + n % 2 * 2, common = 8 * k + pair;
-            float2 w{};
-            if constexpr (Traits::kKeepWeights) {
-                w = kTransposed ? tile.pair(own, common)
-                                : make_float2(*tile.at(common, own), *tile.at(common + 1, own));
-            } else if (own < head_dim && 8 * k < head_dim) {
-                const Weight* const from =
-                    weight + (kTransposed ? own * head_dim + common : common * head_dim + own);
-                w = make_float2(round_to_tf32(static_cast<float>(from[0])),
-                                round_to_tf32(static_cast<float>(from[kTransposed ? 1 : head_dim])));
-            }
-            multiply_add_step(y[n], factor, w);
-        }
-    }
-}
-template <class Traits, bool kTransposed, int kTiles>
-__device__ inline void multiply_weight(float (&y)[kTiles][4], FloatTile<Traits::kHeadDim> a, int row,
-                                       int first_column, const SummaryParams& p,
-                                       const typename Traits::Weights& weights, int branch) {
-    using S = typename Traits::S;
-    const Projection& projection = branch ? p.query_projection : p.key_projection;
-    const int head_dim = static_cast<int>(p.shape.head_dim);
-    const float* const kept = weights.weight[branch];
-    if (Traits::kKeepWeights || projection.dtype == DType::kFloat) {
-        multiply_weight<Traits, kTransposed>(y, a, row, first_column, kept,
-                                             static_cast<const float*>(projection.weight), head_dim);
-    } else {
-        multiply_weight<Traits, kTransposed>(y, a, row, first_column, kept,
-                                             static_cast<const S*>(projection.weight), head_dim);
-    }
-}
-
-// Of 16 means columns of the Linear's output.
-template <class Traits, int kTiles>
-__device__ inline void apply_linear(float (&y)[kTiles][4], FloatTile<Traits::kHeadDim> means, int row,
-                                    int first_column, const SummaryParams& p,
-                                    const typename Traits::Weights& weights, int branch) {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) y[n][e] = weights.bias[branch][first_column + column_of(n, e)];
-    multiply_weight<Traits, true>(y, means, row, first_column, p, weights, branch);
-}
-
-// Of 16 means the output of the Linear, normalised where there is a LayerNorm.
-template <class Traits>
-__device__ inline void project(float (&y)[Traits::kTiles][4], FloatTile<Traits::kHeadDim> means,
-                               const SummaryParams& p, const typename Traits::Weights& weights, int branch) {
-    constexpr int kTiles = Traits::kTiles;
-    const int head_dim = static_cast<int>(p.shape.head_dim);
-    apply_linear<Traits>(y, means, 0, 0, p, weights, branch);
-    if (!has_norm(p, branch)) return;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        float center = 0, variance = 0;
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) center += y[n][2 * r] + y[n][2 * r + 1];
-        center = quad_sum(center) / head_dim;
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-            for (int e = 2 * r; e < 2 * r + 2; ++e) {
-                y[n][e] = column_of(n, e) < head_dim ? y[n][e] - center : 0.0f;
-                variance += y[n][e] * y[n][e];
-            }
-        variance = quad_sum(variance) / head_dim;
-        const float rstd = 1.0f / sqrtf(variance + static_cast<float>(p.norm_eps));
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) y[n][2 * r] *= rstd, y[n][2 * r + 1] *= rstd;
-    }
+// Of the means. The key's is branch 0, the query's 1.
+__host__ __device__ inline int count_projected(const SummaryParams& p) {
+    return p.has_projection && !p.has_query_projection ? 1 : 2;
 }
 
 // The row that a chunk has in the landmark gradients' first pieces.
 __device__ inline int64_t landmark_row(const SummaryParams& p, const SummaryGradPlan& plan, int chunk) {
-    const int bh = chunk / plan.chunks;
-    return bh * p.pieces * p.global_columns + (chunk - bh * plan.chunks);
+    const int64_t between = p.pieces * p.global_columns - plan.chunks; // two heads
+    return between == 0 ? chunk : chunk + chunk / plan.chunks * between;
 }
 
-// Adds the pieces of a landmark gradient to the first, four columns a thread.
+// Adds the pieces of the landmark gradients to the first, four columns a thread.
 template <int kThreads>
-__device__ inline void sum_pieces(const SummaryParams& p, const SummaryGradPlan& plan, void* pieces) {
-    if (p.pieces == 1) return;
+__device__ inline void sum_pieces(const SummaryParams& p, const SummaryGradPlan& plan, int block,
+                                  int blocks) {
     const int head_dim = static_cast<int>(p.shape.head_dim), lanes = head_dim / 4;
-    const int64_t stride = p.global_columns * head_dim;
-    for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < int64_t{plan.total} * lanes;
-         i += int64_t{gridDim.x} * kThreads) {
-        const int chunk = static_cast<int>(i / lanes), column = static_cast<int>(i % lanes) * 4;
+    const int64_t stride = p.global_columns * head_dim, count = int64_t{plan.total} * lanes;
+    for (int64_t i = int64_t{block} * kThreads + threadIdx.x; i < 2 * count;
+         i += int64_t{blocks} * kThreads) {
+        void* const pieces = i < count ? p.grad_landmark_value : p.grad_landmark_key;
+        const int64_t at = i < count ? i : i - count;
+        const int chunk = static_cast<int>(at / lanes), column = static_cast<int>(at % lanes) * 4;
         float* const sums = static_cast<float*>(pieces) + landmark_row(p, plan, chunk) * head_dim + column;
         const float* from = sums;
         float4 sum{};
@@ -325,53 +260,113 @@ __device__ inline void sum_pieces(const SummaryParams& p, const SummaryGradPlan&
 
 // omega, in mu_rows, and the sums of the landmark gradients' pieces.
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kOmegaThreads, Traits::kCtasPerSm)
+__global__ void __launch_bounds__(Traits::kOmegaThreads, Traits::kOmegaCtasPerSm)
     chunk_omega_kernel(const __grid_constant__ SummaryParams p,
                        const __grid_constant__ SummaryGradPlan plan) {
-    constexpr int kTiles = Traits::kTiles, kWarps = Traits::kOmegaWarps;
+    using S = typename Traits::S;
+    constexpr int kHeadDim = Traits::kHeadDim, kLanes = Traits::kLanes, kSides = Traits::kSides,
+                  kThreads = Traits::kOmegaThreads, kChunks = Traits::kOmegaChunks;
+    constexpr int kGroups = kThreads / kLanes, kRows = kChunks / kGroups; // a thread's
+    if (static_cast<int>(blockIdx.x) >= plan.omega_blocks)
+        return sum_pieces<kThreads>(p, plan, blockIdx.x - plan.omega_blocks, gridDim.x - plan.omega_blocks);
     extern __shared__ __align__(1024) char memory[];
     auto& shared = *reinterpret_cast<typename Traits::OmegaShared*>(memory);
-    auto& weights = shared.weights;
-    const int head_dim = static_cast<int>(p.shape.head_dim), branches = count_branches(p);
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    const int group = lane / 4;
-    load_projections<Traits, Traits::kOmegaThreads>(p, weights, shared.norm_bias);
-    sum_pieces<Traits::kOmegaThreads>(p, plan, p.grad_landmark_value);
-    sum_pieces<Traits::kOmegaThreads>(p, plan, p.grad_landmark_key);
-    __syncthreads();
-    for (int first = 16 * (blockIdx.x * kWarps + warp); first < plan.total;
-         first += 16 * gridDim.x * kWarps) {
-        float omega[kTiles][4] = {};
-        if (p.noise) load_rows(omega, p.noise, first, plan.total - first, head_dim);
-        for (int branch = 0; branch < 2 && (!p.has_projection || p.has_query_projection); ++branch) {
-            float y[kTiles][4];
-            load_rows(y, branch ? p.query_mean : p.key_mean, first, plan.total - first, head_dim);
-            if (branches > 0) {
-                const FloatTile<Traits::kHeadDim> means{shared.mean[warp]};
-                __syncwarp();
-                store_factor(means, 0, 0, y);
-                project<Traits>(y, means, p, weights, branch);
+    const int head_dim = static_cast<int>(p.shape.head_dim);
+    const bool has_mu = !p.has_projection || p.has_query_projection;
+    const int warp = threadIdx.x / kWarpSize, side = warp / Traits::kParts;
+    const int first_column = warp % Traits::kParts * 16;
+    const int group = threadIdx.x / kLanes, column = threadIdx.x % kLanes * 8;
+    const bool inside = column < head_dim;
+    const float reciprocal_dim = 1.0f / static_cast<float>(head_dim);
+    const auto projection = [&](int branch) -> const Projection& {
+        return branch ? p.query_projection : p.key_projection;
+    };
+    const auto rows_of = [](__nv_bfloat16* data) { return SplitRows<kHeadDim>{{data}}; };
+
+    Float8 mean[kSides][kRows];
+    const auto load = [&](int first, int branch) {
+#pragma unroll
+        for (int s = 0; s < kSides; ++s)
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                const int chunk = first + group + r * kGroups;
+                const auto* from = static_cast<const float*>(branch + s ? p.query_mean : p.key_mean);
+                mean[s][r] = chunk < plan.total && inside ? load8(from + int64_t{chunk} * head_dim + column)
+                                                          : Float8{};
             }
-            const float factor = static_cast<float>(p.mu_scale);
+    };
+    const int step = kChunks * plan.omega_blocks;
+    if (has_mu) load(kChunks * blockIdx.x, 0);
+    if (kSides == 2 && p.has_query_projection)
+        for (int s = 0; s < kSides; ++s)
+            shared.weights[s].template load<S, kThreads>(projection(s), head_dim);
+    for (int first = kChunks * blockIdx.x; first < plan.total; first += step) {
+        Float8 omega[kRows] = {};
+        for (int branch = 0; has_mu && branch < 2; branch += kSides) {
+            Float8 y[kSides][kRows];
+            if (p.has_projection) {
+                if (kSides == 1) shared.weights[0].template load<S, kThreads>(projection(branch), head_dim);
 #pragma unroll
-            for (int n = 0; n < kTiles; ++n)
+                for (int s = 0; s < kSides; ++s)
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const int d = column_of(n, e);
-                    omega[n][e] +=
-                        factor * (y[n][e] * weights.norm_weight[branch][d] + shared.norm_bias[branch][d]);
+                    for (int r = 0; r < kRows; ++r)
+                        rows_of(shared.mean[s]).store(group + r * kGroups, column, mean[s][r]);
+            } else {
+#pragma unroll
+                for (int s = 0; s < kSides; ++s)
+#pragma unroll
+                    for (int r = 0; r < kRows; ++r) y[s][r] = mean[s][r];
+            }
+            const bool last = branch + kSides == 2;
+            load(last ? first + step : first, last ? 0 : branch + kSides);
+            if (p.has_projection) {
+                __syncthreads();
+                float product[Traits::kOmegaRowTiles][2][4];
+                multiply_weight<true>(product, rows_of(shared.mean[side]), shared.weights[side].linear(),
+                                      first_column);
+                store_product(rows_of(shared.output[side]), product, first_column);
+                __syncthreads();
+#pragma unroll
+                for (int s = 0; s < kSides; ++s) {
+                    const auto& weights = shared.weights[s];
+                    const bool norm = projection(branch + s).norm_weight != nullptr;
+                    const Float8 bias = load8(weights.bias + column);
+                    const Float8 norm_weight = load8(weights.norm_weight + column),
+                                 norm_bias = load8(weights.norm_bias + column);
+#pragma unroll
+                    for (int r = 0; r < kRows; ++r) {
+                        Float8& x = y[s][r];
+                        x = rows_of(shared.output[s]).load_floats(group + r * kGroups, column);
+#pragma unroll
+                        for (int i = 0; i < 8; ++i) x.x[i] += bias.x[i];
+                        if (norm)
+                            standardise<kLanes>(x, inside, reciprocal_dim, static_cast<float>(p.norm_eps));
+#pragma unroll
+                        for (int i = 0; i < 8; ++i) x.x[i] = x.x[i] * norm_weight.x[i] + norm_bias.x[i];
+                    }
                 }
+                // The weights are about to be replaced.
+                if (kSides == 1) __syncthreads();
+            }
+#pragma unroll
+            for (int s = 0; s < kSides; ++s)
+#pragma unroll
+                for (int r = 0; r < kRows; ++r)
+#pragma unroll
+                    for (int i = 0; i < 8; ++i)
+                        omega[r].x[i] += static_cast<float>(p.mu_scale) * y[s][r].x[i];
         }
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int chunk = first + group + 8 * r;
-            if (chunk >= plan.total) continue;
-            float* const to = static_cast<float*>(p.mu_rows) + int64_t{chunk} * head_dim;
+        for (int r = 0; r < kRows; ++r) {
+            const int chunk = first + group + r * kGroups;
+            if (chunk >= plan.total || !inside) continue;
+            const int64_t at = int64_t{chunk} * head_dim + column;
+            if (p.noise) {
+                const Float8 noise = load8(static_cast<const float*>(p.noise) + at);
 #pragma unroll
-            for (int n = 0; n < kTiles; n += 2)
-                if (column_of(n, 0) < head_dim)
-                    *reinterpret_cast<float4*>(to + column_of(n, 0)) = make_float4(
-                        omega[n][2 * r], omega[n][2 * r + 1], omega[n + 1][2 * r], omega[n + 1][2 * r + 1]);
+                for (int i = 0; i < 8; ++i) omega[r].x[i] += noise.x[i];
+            }
+            *reinterpret_cast<Float8*>(static_cast<float*>(p.mu_rows) + at) = omega[r];
         }
     }
 }
@@ -593,318 +588,230 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     stats[1] = mean_g;
 }
 
-// Adds the sums over 16 rows; of a warp's 8 kTiles columns a lane takes kTiles / 4, number i of which is
-// column summed_column(i).
-template <int kTiles>
-__device__ inline void add_columns(float (&sums)[kTiles / 4], const float (&rows)[kTiles][4]) {
-    const int lane = threadIdx.x % kWarpSize;
-    float x[2 * kTiles];
-#pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) x[i] = rows[i / 2][i % 2] + rows[i / 2][i % 2 + 2];
-#pragma unroll
-    for (int step = 0; step < 3; ++step) {
-        const int offset = 16 >> step, width = kTiles >> step;
-        const bool upper = lane & offset;
-#pragma unroll
-        for (int i = 0; i < width; ++i) {
-            const float sent = upper ? x[i] : x[i + width];
-            x[i] = (upper ? x[i + width] : x[i]) + __shfl_xor_sync(0xffffffffu, sent, offset);
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < kTiles / 4; ++i) sums[i] += x[i];
-}
-template <int kTiles>
-__device__ inline int summed_column(int i) {
-    const int lane = threadIdx.x % kWarpSize, index = lane / 4 * (kTiles / 4) + i;
-    return column_of(index / 2, index % 2);
-}
-
-// Begins to copy what the projections' gradients need of a group of chunks.
-template <class Traits>
-__device__ inline void load_group(const SummaryParams& p, const SummaryGradPlan& plan,
-                                  typename Traits::Stage& stage, int first) {
-    constexpr int kLanes = Traits::kHeadDim / 4, kRows = Traits::kThreads / kLanes;
-    using RowTile = FloatTile<Traits::kHeadDim>;
-    const int head_dim = static_cast<int>(p.shape.head_dim), branches = count_branches(p);
-    const int count = min(plan.group, plan.total - first);
-    const int column = threadIdx.x % kLanes * 4;
-#pragma unroll
-    for (int i = 0; i < Traits::kMaxChunks / kRows; ++i) {
-        const int row = threadIdx.x / kLanes + i * kRows;
-        const bool exists = row < count && column < head_dim;
-        const int64_t at = int64_t{first + row} * head_dim + column;
-        const auto copy = [&](float* tile, const void* rows, int64_t from) {
-            copy_async(RowTile{tile}.at(row, column), static_cast<const float*>(rows) + from, exists);
-        };
-        copy(stage.grad[0], p.grad_landmark_key, landmark_row(p, plan, first + row) * head_dim + column);
-        copy(stage.grad[1], p.mu_rows, at);
-        if (branches > 0) copy(stage.mean[0], p.key_mean, at);
-        if (branches > 1) copy(stage.mean[1], p.query_mean, at);
-    }
-    copy_commit();
-}
-
-// From the gradients of landmark keys and of mu to those of the means and of the projections.
+// From the gradients of landmark keys and of mu to those of the means and of one projection.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     chunk_projections_bwd_kernel(const __grid_constant__ SummaryParams p,
                                  const __grid_constant__ SummaryGradPlan plan) {
     using S = typename Traits::S;
-    constexpr int kHeadDim = Traits::kHeadDim, kTiles = Traits::kTiles, kParts = Traits::kParts,
-                  kPartTiles = Traits::kPartTiles, kRowTiles = Traits::kRowTiles, kStages = Traits::kStages;
-    using RowTile = FloatTile<kHeadDim>;
+    constexpr int kHeadDim = Traits::kHeadDim, kLanes = Traits::kLanes, kWarps = Traits::kWarps,
+                  kRowTiles = Traits::kRowTiles;
     extern __shared__ __align__(1024) char memory[];
     auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
-    const auto& weights = shared.weights;
+    using Rows = SplitRows<kHeadDim>;
+    const Rows means{{shared.mean}}, grads{{shared.grad}};
 
-    const Geometry& g = p.shape.geometry;
-    const int head_dim = static_cast<int>(p.shape.head_dim), branches = count_branches(p);
+    const int head_dim = static_cast<int>(p.shape.head_dim);
+    const int branches = count_projected(p), branch = blockIdx.x % branches, piece = blockIdx.x / branches;
+    const Projection& projection = branch ? p.query_projection : p.key_projection;
+    const bool norm = projection.norm_weight != nullptr;
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    const int group = lane / 4, pair = lane % 4 * 2;
-    // The warp's projection; the first of its chunks in a group of chunks and of its columns.
-    const int branch = warp / kParts % 2, row_tile = warp / (2 * kParts), part = warp % kParts;
-    const int row = 16 * row_tile, first_column = Traits::kPartColumns * part;
-    const bool active = branch < branches || branches == 0, norm = has_norm(p, branch);
-    const int step = gridDim.x * plan.group;
-    load_group<Traits>(p, plan, shared.stage[0], blockIdx.x * plan.group);
-    load_projections<Traits, Traits::kThreads>(p, shared.weights);
+    const int own = threadIdx.x / kLanes, column = threadIdx.x % kLanes * 8; // the lane's rows: own + 16 i
+    const bool inside = column < head_dim;
+    const int step = gridDim.x / branches * plan.group;
+    const float reciprocal_dim = 1.0f / static_cast<float>(head_dim);
 
-    const bool counts_padding = p.mean_divisor == 0 && p.key_padding_mask;
-    // What a chunk's mean was divided by, padding included.
-    const auto divisor_of = [&](int chunk_index) {
-        if (p.mean_divisor != 0) return static_cast<int>(p.mean_divisor);
-        const TokenBox box = plan.box(g, chunk_index % plan.chunks);
-        return min(plan.chunk.height, box.grid_height - box.y0) *
-               min(plan.chunk.width, box.grid_width - box.x0);
-    };
-    // Of the whole warp.
-    const auto count_padding = [&](int chunk_index) {
-        const int bh = chunk_index / plan.chunks;
-        const TokenBox box = plan.box(g, chunk_index - bh * plan.chunks);
-        const bool* const mask = p.key_padding_mask + bh / static_cast<int>(p.shape.heads) * g.num_tokens();
-        int padding = 0;
-        for (int i = lane; i < plan.chunk.size(); i += kWarpSize) {
-            const int token = box.token(i);
-            padding += token >= 0 && mask[token];
+    const auto load = [&](int first) {
+        const int count = min(plan.group, plan.total - first);
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+            const bool exists = own + 16 * i < count && inside;
+            const int64_t at = int64_t{first + own + 16 * i} * head_dim + column;
+            const auto* mean = static_cast<const float*>(branch ? p.query_mean : p.key_mean) + at;
+            const auto* grad_mu = static_cast<const float*>(p.mu_rows) + at;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                copy_async(&shared.stage[i][0][half][threadIdx.x], mean + 4 * half, exists);
+                copy_async(&shared.stage[i][1][half][threadIdx.x], grad_mu + 4 * half, exists);
+            }
         }
-        return static_cast<int>(__reduce_add_sync(0xffffffffu, padding));
+        copy_commit();
+    };
+    const auto staged = [&](int i, int which) {
+        Float8 x;
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            *reinterpret_cast<uint4*>(x.x + 4 * half) = shared.stage[i][which][half][threadIdx.x];
+        return x;
+    };
+    // What a chunk's mean was multiplied by.
+    const float usual_factor = 1.0f / static_cast<float>(max(plan.divisor, 1));
+    const auto factor_of = [&](int chunk) {
+        if (plan.divisor != 0) return usual_factor;
+        const Geometry& g = p.shape.geometry;
+        const int bh = chunk / plan.chunks;
+        const TokenBox box = plan.box(g, chunk - bh * plan.chunks);
+        int count =
+            min(plan.chunk.height, box.grid_height - box.y0) * min(plan.chunk.width, box.grid_width - box.x0);
+        if (p.key_padding_mask) {
+            const bool* const mask =
+                p.key_padding_mask + bh / static_cast<int>(p.shape.heads) * g.num_tokens();
+            int padding = 0;
+            for (int i = threadIdx.x % kLanes; i < plan.chunk.size(); i += kLanes) {
+                const int token = box.token(i);
+                padding += token >= 0 && mask[token];
+            }
+            count -= static_cast<int>(lanes_sum<kLanes>(static_cast<float>(padding)));
+        }
+        return 1.0f / static_cast<float>(max(count, 1));
     };
 
-    float grad_weight[kTiles][4] = {}, grad_bias[2] = {};
-    float grad_norm_weight[1] = {}, grad_norm_bias[1] = {};
-    int index = 0; // of the stage
-    for (int first = blockIdx.x * plan.group; first < plan.total; first += step) {
-        const int count = min(plan.group, plan.total - first); // chunks of the group
-        const int own = count - row;                           // the warp's among them, if positive
-        typename Traits::Stage& stage = shared.stage[index];
-        const RowTile means{stage.mean[branch]}, grads{stage.grad[branch]};
+    // For the product of transposed gradients and means.
+    const uint32_t mean_rows = means.address(lane % 16, lane / 16);
+    const uint32_t grad_rows = grads.address(lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2);
+    load(piece * plan.group);
+    if (p.has_projection) shared.weights.template load<S, Traits::kThreads>(projection, head_dim);
+    float grad_weight[kHeadDim / 8][4] = {};
+    Float8 grad_vector[3] = {}; // of the Linear's bias, the LayerNorm's weight and bias
+    for (int first = piece * plan.group; first < plan.total; first += step) {
+        const int count = min(plan.group, plan.total - first);
+        Float8 grad[kRowTiles] = {};
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i)
+            if (branch == 0 && own + 16 * i < count && inside)
+                grad[i] = load8(static_cast<const float*>(p.grad_landmark_key) +
+                                landmark_row(p, plan, first + own + 16 * i) * head_dim + column);
         copy_wait<0>();
+        if (p.has_projection) {
+#pragma unroll
+            for (int i = 0; i < kRowTiles; ++i) means.store(own + 16 * i, column, staged(i, 0));
+        }
+        if (norm) {
+            __syncthreads();
+            float product[kRowTiles][2][4];
+            multiply_weight<true>(product, means, shared.weights.linear(), 16 * warp);
+            store_product(grads, product, 16 * warp);
+            __syncthreads();
+        }
+        auto* const out =
+            static_cast<S*>(branch ? p.grad_query_mean : p.grad_key_mean) + int64_t{first} * head_dim;
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+            const int row = own + 16 * i;
+            const bool exists = row < count && inside;
+            const Float8 grad_mu = staged(i, 1);
+#pragma unroll
+            for (int d = 0; d < 8; ++d) grad[i].x[d] += grad_mu.x[d];
+            const float factor = factor_of(min(first + row, plan.total - 1));
+            if (!p.has_projection) {
+#pragma unroll
+                for (int d = 0; d < 8; ++d) grad[i].x[d] *= factor;
+                if (exists) *reinterpret_cast<uint4*>(out + row * head_dim + column) = pack8<S>(grad[i]);
+                continue;
+            }
+            if (column == 0) shared.factor[row] = factor;
+            Float8& dy = grad[i];
+            if (norm) {
+                Float8 x = grads.load_floats(row, column);
+                const Float8 bias = load8(shared.weights.bias + column),
+                             norm_weight = load8(shared.weights.norm_weight + column);
+#pragma unroll
+                for (int d = 0; d < 8; ++d) x.x[d] += bias.x[d];
+                const float rstd =
+                    standardise<kLanes>(x, inside, reciprocal_dim, static_cast<float>(p.norm_eps));
+                float sum = 0, sum_x = 0;
+#pragma unroll
+                for (int d = 0; d < 8; ++d) {
+                    grad_vector[1].x[d] += dy.x[d] * x.x[d];
+                    grad_vector[2].x[d] += dy.x[d];
+                    dy.x[d] *= norm_weight.x[d];
+                    sum += dy.x[d];
+                    sum_x += dy.x[d] * x.x[d];
+                }
+                const float mean = lanes_sum<kLanes>(sum) * reciprocal_dim;
+                const float mean_x = lanes_sum<kLanes>(sum_x) * reciprocal_dim;
+#pragma unroll
+                for (int d = 0; d < 8; ++d)
+                    dy.x[d] = exists ? (dy.x[d] - mean - x.x[d] * mean_x) * rstd : 0.0f;
+            }
+#pragma unroll
+            for (int d = 0; d < 8; ++d) grad_vector[0].x[d] += dy.x[d];
+            __syncwarp();
+            grads.store(row, column, dy);
+        }
+        if (first + step < plan.total) load(first + step);
+        if (!p.has_projection) continue;
         __syncthreads();
-        if (kStages == 2) {
-            index ^= 1;
-            if (first + step < plan.total) load_group<Traits>(p, plan, shared.stage[index], first + step);
-        }
 
-        float hat[kPartTiles][4] = {}, grad[kPartTiles][4] = {}, rstd[2];
-        const auto load_grad = [&] {
-            add_rows(grad, RowTile{stage.grad[1]}, row, first_column);
-            if (branch == 0) add_rows(grad, RowTile{stage.grad[0]}, row, first_column);
-        };
-        if (branches == 0) {
-            load_grad();
-        } else {
-            const auto sums = [&](int which, int r) {
-                return shared.sums[which][branch][row + group + 8 * r];
+        float product[kRowTiles][2][4];
+        multiply_weight<false>(product, grads, shared.weights.linear(), 16 * warp);
+#pragma unroll
+        for (int r = 0; r < 2 * kRowTiles; ++r) {
+            const int row = 8 * r + lane / 4;
+            const float factor = shared.factor[row];
+            const auto packed = [&](int n) {
+                const float* const x = product[r / 2][n] + r % 2 * 2;
+                return pack<S>(factor * x[0], factor * x[1]);
             };
-            if (active) {
-                add_rows(hat, means, row, first_column);
-                store_factor(means, row, first_column, hat);
-            }
-            __syncthreads();
-            if (active) {
-                apply_linear<Traits>(hat, means, row, first_column, p, weights, branch);
+            // A lane of a pair takes four columns of the first eight, the other four of the last.
+            const bool odd = lane & 1;
+            const uint32_t left = packed(0), right = packed(1);
+            const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
+            const int to = 16 * warp + odd * 8 + lane % 4 / 2 * 4;
+            if (row < count && to < head_dim)
+                *reinterpret_cast<uint2*>(out + row * head_dim + to) =
+                    odd ? uint2{got, right} : uint2{left, got};
+        }
 #pragma unroll
-                for (int r = 0; norm && r < 2; ++r) { // sum, and sum of squares about the part's own mean
-                    float sum = 0, squares = 0;
+        for (int k = 0; k < kRowTiles; ++k) {
+            if (16 * k >= count) break;
+            uint32_t a[2][4];
 #pragma unroll
-                    for (int n = 0; n < kPartTiles; ++n) sum += hat[n][2 * r] + hat[n][2 * r + 1];
-                    sum = quad_sum(sum);
-                    const float center = sum / max(min(head_dim - first_column, Traits::kPartColumns), 1);
+            for (int half = 0; half < 2; ++half)
+                load_matrix_transposed(a[half],
+                                       grad_rows + 16 * k * Rows::kRowBytes + half * Rows::kLowBytes);
 #pragma unroll
-                    for (int n = 0; n < kPartTiles; ++n)
+            for (int n = 0; n < kHeadDim / 8; n += 2) {
+                uint32_t b[2][4];
 #pragma unroll
-                        for (int e = 2 * r; e < 2 * r + 2; ++e) {
-                            const float x = hat[n][e] - center;
-                            if (first_column + column_of(n, e) < head_dim) squares += x * x;
-                        }
-                    squares = quad_sum(squares);
-                    if (pair == 0) sums(0, r)[part] = make_float2(sum, squares);
-                }
-            }
-            __syncthreads();
-            load_grad();
-            if (active && norm) {
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    float center = 0, variance = 0;
-#pragma unroll
-                    for (int i = 0; i < kParts; ++i) center += sums(0, r)[i].x;
-                    center /= head_dim;
-#pragma unroll
-                    for (int i = 0; i < kParts; ++i) {
-                        const int columns = min(head_dim - Traits::kPartColumns * i, Traits::kPartColumns);
-                        if (columns <= 0) continue;
-                        const float2 sum = sums(0, r)[i];
-                        const float offset = sum.x / columns - center;
-                        variance += sum.y + columns * offset * offset;
-                    }
-                    rstd[r] = 1.0f / sqrtf(variance / head_dim + static_cast<float>(p.norm_eps));
-#pragma unroll
-                    for (int n = 0; n < kPartTiles; ++n)
-#pragma unroll
-                        for (int e = 2 * r; e < 2 * r + 2; ++e) hat[n][e] = (hat[n][e] - center) * rstd[r];
-                }
-                add_columns(grad_norm_bias, grad);
-                float product[kPartTiles][4];
-#pragma unroll
-                for (int n = 0; n < kPartTiles; ++n)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) product[n][e] = grad[n][e] * hat[n][e];
-                add_columns(grad_norm_weight, product);
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    float2 sum{};
-#pragma unroll
-                    for (int n = 0; n < kPartTiles; ++n)
-#pragma unroll
-                        for (int e = 2 * r; e < 2 * r + 2; ++e) {
-                            grad[n][e] *= weights.norm_weight[branch][first_column + column_of(n, e)];
-                            sum.x += grad[n][e];
-                            sum.y += grad[n][e] * hat[n][e];
-                        }
-                    sum = make_float2(quad_sum(sum.x), quad_sum(sum.y));
-                    if (pair == 0) sums(1, r)[part] = sum;
-                }
-            }
-            __syncthreads();
-            if (active) {
-#pragma unroll
-                for (int r = 0; norm && r < 2; ++r) {
-                    float mean = 0, mean_hat = 0;
-#pragma unroll
-                    for (int i = 0; i < kParts; ++i) mean += sums(1, r)[i].x, mean_hat += sums(1, r)[i].y;
-                    mean /= head_dim;
-                    mean_hat /= head_dim;
-#pragma unroll
-                    for (int n = 0; n < kPartTiles; ++n)
-#pragma unroll
-                        for (int e = 2 * r; e < 2 * r + 2; ++e)
-                            grad[n][e] = first_column + column_of(n, e) < head_dim && group + 8 * r < own
-                                             ? (grad[n][e] - mean - hat[n][e] * mean_hat) * rstd[r]
-                                             : 0.0f;
-                }
-                // Now the gradient of the Linear's output; then that of the means.
-                store_factor(grads, row, first_column, grad);
-            }
-            __syncthreads();
-            if (active) {
-#pragma unroll
-                for (int n = 0; n < kPartTiles; ++n)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) grad[n][e] = 0;
-                multiply_weight<Traits, false>(grad, grads, row, first_column, p, weights, branch);
+                for (int half = 0; half < 2; ++half)
+                    load_matrix_transposed(b[half], (mean_rows ^ 16 * n) + 16 * k * Rows::kRowBytes +
+                                                        half * Rows::kLowBytes);
+                multiply_add_split(grad_weight[n], a, b, 0);
+                multiply_add_split(grad_weight[n + 1], a, b, 1);
             }
         }
-        if (active) {
-            S* const out = static_cast<S*>(branch ? p.grad_query_mean : p.grad_key_mean);
-            int divisor[2];
-#pragma unroll
-            for (int r = 0; r < 2; ++r) divisor[r] = divisor_of(first + row + group + 8 * r);
-            for (int i = 0; counts_padding && i < min(own, 16); ++i) {
-                const int padding = count_padding(first + row + i);
-                if (i == group) divisor[0] -= padding;
-                if (i == group + 8) divisor[1] -= padding;
-            }
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const float factor = 1.0f / static_cast<float>(max(divisor[r], 1));
-#pragma unroll
-                for (int n = 0; n < kPartTiles; n += 2) {
-                    const int column = first_column + column_of(n, 0);
-                    if (column < head_dim && group + 8 * r < own)
-                        *reinterpret_cast<uint2*>(out + int64_t{first + row + group + 8 * r} * head_dim +
-                                                  column) =
-                            uint2{pack<S>(factor * grad[n][2 * r], factor * grad[n][2 * r + 1]),
-                                  pack<S>(factor * grad[n + 1][2 * r], factor * grad[n + 1][2 * r + 1])};
-                }
-            }
-        }
-        if (branches > 0) {
-            __syncthreads();
-            // Gradient of the Linear's weight and bias.
-            const int branch = warp / (kHeadDim / 16), out_row = warp % (kHeadDim / 16) * 16;
-            const RowTile means{stage.mean[branch]}, grads{stage.grad[branch]};
-#pragma unroll 1
-            for (int k = 0; branch < branches && k < count; k += 8) {
-                const float a[4] = {
-                    *grads.at(k + pair, out_row + group), *grads.at(k + pair + 1, out_row + group),
-                    *grads.at(k + pair, out_row + group + 8), *grads.at(k + pair + 1, out_row + group + 8)};
-                grad_bias[0] += a[0] + a[1];
-                grad_bias[1] += a[2] + a[3];
-#pragma unroll
-                for (int n = 0; n < kTiles; ++n)
-                    multiply_add_step(grad_weight[n], a,
-                                      make_float2(*means.at(k + pair, 8 * n + group),
-                                                  *means.at(k + pair + 1, 8 * n + group)));
-            }
-        }
-        if (kStages == 1 && first + step < plan.total) {
-            __syncthreads();
-            load_group<Traits>(p, plan, shared.stage[0], first + step);
-        }
+        __syncthreads();
     }
 
-    if (branches == 0) return;
+    if (!p.has_projection) return;
     // Of a projection: the Linear's weight [D, D], its bias, the LayerNorm's weight and bias.
     const int size = (head_dim + 3) * head_dim;
-    float* const out = static_cast<float*>(p.grad_projections) + int64_t{blockIdx.x} * 2 * size;
-    {
-        const int branch = warp / (kHeadDim / 16), out_row = warp % (kHeadDim / 16) * 16;
+    float* const out = static_cast<float*>(p.grad_projections) + (int64_t{piece} * 2 + branch) * size;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int o = out_row + group + 8 * r;
-            const float bias = quad_sum(grad_bias[r]);
-            if (o >= head_dim) continue;
-            if (pair == 0) out[branch * size + head_dim * head_dim + o] = bias;
+    for (int r = 0; r < 2; ++r) {
+        const int row = 16 * warp + lane / 4 + 8 * r, pair = lane % 4 * 2;
 #pragma unroll
-            for (int n = 0; n < kTiles; ++n)
-                if (8 * n < head_dim)
-                    *reinterpret_cast<float2*>(out + branch * size + o * head_dim + 8 * n + pair) =
-                        make_float2(grad_weight[n][2 * r], grad_weight[n][2 * r + 1]);
-        }
+        for (int n = 0; n < kHeadDim / 8; ++n)
+            if (row < head_dim && 8 * n < head_dim)
+                *reinterpret_cast<float2*>(out + row * head_dim + 8 * n + pair) =
+                    make_float2(grad_weight[n][2 * r], grad_weight[n][2 * r + 1]);
     }
-    // LayerNorm: [weight or bias][branch][row tile][column].
-    float* const sums = shared.stage[0].mean[0];
+    auto* const sums = reinterpret_cast<float*>(shared.stage); // [3, warps, D]
+#pragma unroll
+    for (int which = 0; which < 3; ++which) {
+        Float8& x = grad_vector[which];
+#pragma unroll
+        for (int offset = kLanes; offset < kWarpSize; offset *= 2)
+#pragma unroll
+            for (int d = 0; d < 8; ++d) x.x[d] += __shfl_xor_sync(0xffffffffu, x.x[d], offset);
+        if (lane < kLanes) *reinterpret_cast<Float8*>(sums + (which * kWarps + warp) * kHeadDim + column) = x;
+    }
     __syncthreads();
-    const int at = (branch * kRowTiles + row_tile) * kHeadDim + first_column + summed_column<kPartTiles>(0);
-    sums[at] = grad_norm_weight[0];
-    sums[at + 2 * kRowTiles * kHeadDim] = grad_norm_bias[0];
-    __syncthreads();
-    for (int i = threadIdx.x; i < 4 * kHeadDim; i += Traits::kThreads) {
-        const int which = i / (2 * kHeadDim), branch = i / kHeadDim % 2, column = i % kHeadDim;
-        if (column >= head_dim) continue;
+    for (int i = threadIdx.x; i < 3 * kHeadDim; i += Traits::kThreads) {
+        const int which = i / kHeadDim, d = i % kHeadDim;
         float sum = 0;
-        for (int tile = 0; tile < kRowTiles; ++tile)
-            sum += sums[((which * 2 + branch) * kRowTiles + tile) * kHeadDim + column];
-        out[branch * size + (head_dim + 1 + which) * head_dim + column] = sum;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) sum += sums[(which * kWarps + w) * kHeadDim + d];
+        if (d < head_dim) out[(head_dim + which) * head_dim + d] = sum;
     }
 }
 
+// How many blocks share the chunks in the gradients of one projection.
 template <class Traits>
 int count_projection_blocks(const SummaryGradPlan& plan) {
     return static_cast<int>(
-        detail::max(1, detail::min(132 * Traits::kCtasPerSm, detail::ceil_div(plan.total, plan.group))));
+        detail::max(1, detail::min(132 * Traits::kCtasPerSm / 2, detail::ceil_div(plan.total, plan.group))));
 }
 
 template <class S, int kHeadDim>
@@ -920,11 +827,18 @@ SummaryGradPlan plan_chunk_summary_bwd(const SummaryParams& p) {
         .parts_log2 = 0,
         .passes = 1,
         .group = 1,
+        .divisor = static_cast<int>(p.mean_divisor),
+        .omega_blocks = 0,
     };
+    if (p.mean_divisor == 0 && !p.key_padding_mask && g.grid_height % g.chunk_height == 0 &&
+        g.grid_width % g.chunk_width == 0)
+        plan.divisor = plan.chunk.size();
     // As many groups of chunks as fill the GPUs of the day evenly, by the shape alone.
-    const int64_t blocks = 132 * Projections::kCtasPerSm;
+    const int64_t blocks = 132 * Projections::kCtasPerSm / 2;
     const int64_t rounds = detail::max(1, detail::ceil_div(plan.total, blocks * Projections::kMaxChunks));
-    plan.group = static_cast<int>(detail::max(1, detail::ceil_div(plan.total, blocks * rounds)));
+    plan.group = static_cast<int>(detail::max(16, detail::ceil_div(plan.total, blocks * rounds)));
+    plan.omega_blocks = static_cast<int>(detail::min(
+        132 * Projections::kOmegaCtasPerSm, detail::ceil_div(plan.total, Projections::kOmegaChunks)));
     while (Tokens::kUnits << plan.parts_log2 < plan.chunk.size() && 2 << plan.parts_log2 <= Tokens::kGroups)
         ++plan.parts_log2;
     plan.passes = static_cast<int>(detail::ceil_div(plan.chunk.size(), int64_t{1} << plan.parts_log2));
@@ -944,22 +858,24 @@ void launch_chunk_summary_bwd(const SummaryParams& p, cudaStream_t stream) {
     if (plan.total > 0) {
         constexpr int kBytes = sizeof(typename Projections::Shared),
                       kOmegaBytes = sizeof(typename Projections::OmegaShared);
+        constexpr int kMost = 99 << 10; // what every GPU from sm_80 on lets a block have
+        static_assert(kBytes <= kMost && kOmegaBytes <= kMost);
         const int projection_blocks = count_projection_blocks<Projections>(plan);
         const int chunks_per_block = Tokens::kGroups >> plan.parts_log2;
-        const int64_t omega_blocks =
-            detail::ceil_div(plan.total * p.shape.head_dim, 8 * Projections::kOmegaThreads);
+        const int64_t sums = 2 * plan.total * p.shape.head_dim / 4;
+        const int64_t sum_blocks =
+            p.pieces == 1 ? 0 : detail::min(264, detail::ceil_div(sums, Projections::kOmegaThreads));
         cudaFuncSetAttribute(chunk_omega_kernel<Projections>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              kOmegaBytes);
         cudaFuncSetAttribute(chunk_projections_bwd_kernel<Projections>,
                              cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-        chunk_omega_kernel<Projections>
-            <<<static_cast<unsigned>(detail::min(omega_blocks, 132 * Projections::kCtasPerSm)),
-               Projections::kOmegaThreads, kOmegaBytes, stream>>>(p, plan);
+        chunk_omega_kernel<Projections><<<static_cast<unsigned>(plan.omega_blocks + sum_blocks),
+                                          Projections::kOmegaThreads, kOmegaBytes, stream>>>(p, plan);
         chunk_tokens_bwd_kernel<Tokens>
             <<<static_cast<unsigned>(detail::ceil_div(plan.total, chunks_per_block)), Tokens::kThreads, 0,
                stream>>>(p, plan);
         chunk_projections_bwd_kernel<Projections>
-            <<<projection_blocks, Projections::kThreads, kBytes, stream>>>(p, plan);
+            <<<projection_blocks * count_projected(p), Projections::kThreads, kBytes, stream>>>(p, plan);
     }
 }
 

@@ -65,16 +65,6 @@ __device__ inline void with_type(DType dtype, F f) {
     dtype == DType::kHalf ? f(__half{}) : f(__nv_bfloat16{});
 }
 
-// Two floats as sums of two bfloat16.
-struct SplitPair {
-    uint32_t high, low;
-};
-__device__ inline SplitPair split(float x, float y) {
-    const uint32_t high = pack<__nv_bfloat16>(x, y);
-    const float2 rounded = unpack<__nv_bfloat16>(high);
-    return SplitPair{high, pack<__nv_bfloat16>(x - rounded.x, y - rounded.y)};
-}
-
 // Eight elements of a mean, high and low halves, into the columns where `multiply_weights` looks for them: of
 // 16 columns the lane pairs of an operand hold 4 t .. 4 t + 3, so that it reads the weights 4 at a time.
 template <int kHeadDim>
