@@ -213,10 +213,11 @@ struct SummaryGradPlan {
     int omega_blocks;    // beside those that sum pieces
 
     __device__ TokenBox box(const Geometry& g, int chunk_index) const {
+        const int y = static_cast<unsigned>(chunk_index) / static_cast<unsigned>(columns);
         return TokenBox{
             .shape = chunk,
-            .y0 = chunk_index / columns * chunk.height,
-            .x0 = chunk_index % columns * chunk.width,
+            .y0 = y * chunk.height,
+            .x0 = (chunk_index - y * columns) * chunk.width,
             .grid_height = static_cast<int>(g.grid_height),
             .grid_width = static_cast<int>(g.grid_width),
             .num_prefix_tokens = static_cast<int>(g.num_prefix_tokens),
@@ -418,7 +419,8 @@ struct ChunkTokensTraits {
     static constexpr int kThreads = 256;
     static constexpr int kUnits = kHeadDim / 8; // lanes that share a token
     static constexpr int kGroups = kThreads / kUnits;
-    static constexpr int kUnroll = 2; // tokens of a group that are taken together; as many are under way
+    static constexpr int kUnroll = 4; // tokens of a group that are taken together
+    static constexpr int kCtasPerSm = 2;
     static_assert(kUnits % kUnroll == 0);
 
     struct Part { // what one warp saw of a chunk
@@ -429,7 +431,7 @@ struct ChunkTokensTraits {
 
 // token_weight, token_grad, chunk_stats, omega and grad_beta; in mu_rows the gradient of mu's two terms.
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 2)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     chunk_tokens_bwd_kernel(const __grid_constant__ SummaryParams p,
                             const __grid_constant__ SummaryGradPlan plan) {
     using S = typename Traits::S;
@@ -447,15 +449,21 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     const bool has_mu = !p.has_projection || p.has_query_projection;
     const float scale = static_cast<float>(p.scale), scale_log2 = scale * kLog2e;
 
-    const int bh = index / plan.chunks, within = index - bh * plan.chunks;
-    const int batch = bh / heads, head = bh - batch * heads;
+    const int bh = static_cast<unsigned>(index) / static_cast<unsigned>(plan.chunks);
+    const int batch = static_cast<unsigned>(bh) / static_cast<unsigned>(heads), head = bh - batch * heads;
+    const int within = index - bh * plan.chunks;
     const TokenBox box = plan.box(g, within);
     const bool* const mask = p.key_padding_mask ? p.key_padding_mask + int64_t{batch} * num_tokens : nullptr;
     float* const token_weight = static_cast<float*>(p.token_weight) + int64_t{bh} * num_tokens;
     float* const token_grad = static_cast<float*>(p.token_grad) + int64_t{bh} * num_tokens;
     const int64_t row = int64_t{index} * head_dim + column; // in the chunks' arrays
-    const auto token_of = [&](int pass) {
-        return active && pass < plan.passes ? box.token((pass << plan.parts_log2) + own_part) : -1;
+    const int members = active ? plan.chunk.size() : 0, first_token = box.first_token();
+    const int rows_left = box.grid_height - box.y0, columns_left = box.grid_width - box.x0;
+    const auto token_of = [&](int pass) { // negative: none
+        const int member = (pass << plan.parts_log2) + own_part;
+        const int y = divide(member, plan.chunk.width_reciprocal), x = member - y * plan.chunk.width;
+        const bool exists = (member < members) & (y < rows_left) & (x < columns_left);
+        return exists ? first_token + y * box.grid_width + x : -1;
     };
 
     const char* const keys =
@@ -464,30 +472,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
         reinterpret_cast<const char*>(head_rows<S>(p.value, batch, head) + (in_row ? column : 0));
     const int key_stride = static_cast<int>(p.key.token_stride * sizeof(S));
     const int value_stride = static_cast<int>(p.value.token_stride * sizeof(S));
-    uint4 key_row[kUnroll], value_row[kUnroll], next_key[kUnroll], next_value[kUnroll];
-    bool valid[kUnroll], next_valid[kUnroll];
-    const auto load = [&](int pass) {
-#pragma unroll
-        for (int j = 0; j < kUnroll; ++j) {
-            const int token = token_of(pass + j);
-            next_valid[j] = token >= 0 && !(mask && mask[token]);
-            next_key[j] = next_value[j] = uint4{};
-            if (next_valid[j] && in_row) {
-                next_key[j] = *reinterpret_cast<const uint4*>(keys + int64_t{token} * key_stride);
-                next_value[j] = *reinterpret_cast<const uint4*>(values + int64_t{token} * value_stride);
-            }
-        }
-    };
-    load(0);
     float omega[8] = {}, grad_beta[8] = {};
     if (in_row) {
         load_floats(omega, static_cast<const float*>(p.mu_rows) + row);
         load_floats(grad_beta, static_cast<const float*>(p.grad_landmark_value) +
                                    landmark_row(p, plan, index) * head_dim + column);
-        if (own_part == 0) {
-            pack_row(static_cast<S*>(p.omega) + row, omega);
-            pack_row(static_cast<S*>(p.grad_beta) + row, grad_beta);
-        }
     }
 
     // kUnits passes make a batch: each lane keeps the logit and g of one of its group's tokens; if there is
@@ -496,10 +485,21 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     float kept_logit = -kInfinity, kept_g = 0;
     const bool one_batch = plan.passes <= kUnits;
     for (int pass = 0; pass < plan.passes; pass += kUnroll) {
+        int token[kUnroll];
 #pragma unroll
-        for (int j = 0; j < kUnroll; ++j)
-            key_row[j] = next_key[j], value_row[j] = next_value[j], valid[j] = next_valid[j];
-        load(pass + kUnroll);
+        for (int j = 0; j < kUnroll; ++j) token[j] = token_of(pass + j);
+        if (mask) {
+#pragma unroll
+            for (int j = 0; j < kUnroll; ++j)
+                if (token[j] >= 0 && mask[token[j]]) token[j] = -1;
+        }
+        uint4 key_row[kUnroll], value_row[kUnroll];
+#pragma unroll
+        for (int j = 0; j < kUnroll; ++j) {
+            const bool valid = token[j] >= 0 && in_row;
+            key_row[j] = load_streaming(keys + int64_t{token[j]} * key_stride, valid);
+            value_row[j] = load_streaming(values + int64_t{token[j]} * value_stride, valid);
+        }
         float logit[kUnroll], token_g[kUnroll];
 #pragma unroll
         for (int j = 0; j < kUnroll; ++j) {
@@ -523,7 +523,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
         float largest = softmax.maximum;
 #pragma unroll
         for (int j = 0; j < kUnroll; ++j) {
-            logit[j] = valid[j] ? logit[j] * scale_log2 : -kInfinity;
+            logit[j] = token[j] >= 0 ? logit[j] * scale_log2 : -kInfinity;
             largest = fmaxf(largest, logit[j]);
             if ((pass + j) % kUnits == unit) kept_logit = logit[j], kept_g = token_g[j];
         }
@@ -535,8 +535,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
             softmax.add(exp2_approx(logit[j] - shift), token_g[j], key);
         }
         if (one_batch || ((pass + kUnroll) % kUnits != 0 && pass + kUnroll < plan.passes)) continue;
-        const int token = token_of(pass / kUnits * kUnits + unit);
-        if (token >= 0) token_weight[token] = kept_logit, token_grad[token] = kept_g;
+        const int own_token = token_of(pass / kUnits * kUnits + unit);
+        if (own_token >= 0) token_weight[own_token] = kept_logit, token_grad[own_token] = kept_g;
     }
     for (int offset = kUnits; offset < min(kWarpSize, kUnits << plan.parts_log2); offset *= 2)
         softmax.combine(offset);
@@ -550,12 +550,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
             store_floats(part[warp].sum_k + column, softmax.sum_k);
         }
         __syncthreads();
+        const int first = warp / warps * warps;
+        float largest = -kInfinity;
+        for (int i = first; i < first + warps; ++i) largest = fmaxf(largest, part[i].maximum);
         softmax = ChunkSoftmax{};
-        for (int i = warp / warps * warps; i < (warp / warps + 1) * warps; ++i) {
-            const float shift = softmax.raise(fmaxf(softmax.maximum, part[i].maximum));
+        const float shift = softmax.raise(largest);
+        for (int i = first; i < first + warps; ++i) {
             const float factor = exp2_approx(part[i].maximum - shift);
             softmax.sum += factor * part[i].sum;
             softmax.sum_g += factor * part[i].sum_g;
+            if (own_part != 0) continue; // which needs no more
             float x[8], y[8];
             load_floats(x, part[i].sum_gk + column);
             load_floats(y, part[i].sum_k + column);
@@ -576,6 +580,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
         token_grad[token] = scale * weight * (token_g - mean_g);
     }
     if (own_part != 0 || !in_row) return;
+    pack_row(static_cast<S*>(p.omega) + row, omega);
+    pack_row(static_cast<S*>(p.grad_beta) + row, grad_beta);
     float grad_mu[8];
     const float factor = has_mu ? scale * static_cast<float>(p.mu_scale) * inverse : 0.0f;
 #pragma unroll
