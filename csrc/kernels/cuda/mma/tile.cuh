@@ -170,16 +170,6 @@ __device__ inline uint4 pack8(const Float8& y) {
                  pack<S>(y.x[6], y.x[7])};
 }
 
-// Two floats as sums of two bfloat16.
-struct SplitPair {
-    uint32_t high, low;
-};
-__device__ inline SplitPair split(float x, float y) {
-    const uint32_t high = pack<__nv_bfloat16>(x, y);
-    const float2 rounded = unpack<__nv_bfloat16>(high);
-    return SplitPair{high, pack<__nv_bfloat16>(x - rounded.x, y - rounded.y)};
-}
-
 // Over kLanes lanes side by side.
 template <int kLanes>
 __device__ inline float lanes_sum(float x) {
