@@ -31,6 +31,7 @@ struct SummaryFwdPlan {
     int overlap_y, overlap_x;
     int grid_height, grid_width, num_prefix_tokens;
     int parts_log2, members_per_part;
+    int kept;          // members of a part whose keys stay in shared memory
     int partials_log2; // of a row
     int num_rows;      // batch * chunks * heads
     int rows_per_cta;
@@ -179,6 +180,7 @@ __global__ void __launch_bounds__(SummaryFwdTraits<kHeadDim>::kThreads,
     auto* partial_count = reinterpret_cast<int*>(partial + num_partials);
     auto* partial_maximum = reinterpret_cast<float*>(partial_count + Traits::kGroups);
     auto* partial_weight = partial_maximum + Traits::kGroups;
+    auto* kept_key = reinterpret_cast<uint4*>(partial_weight + Traits::kGroups) + threadIdx.x;
 
     const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
     const bool has_mu = !p.has_projection || p.has_query_projection;
@@ -235,6 +237,10 @@ __global__ void __launch_bounds__(SummaryFwdTraits<kHeadDim>::kThreads,
             count += token[u] >= 0;
             k[u] = load(key, token[u]);
             q[u] = load(query, has_mu ? token[u] : -1);
+        }
+        if (first < plan.kept) {
+#pragma unroll
+            for (int u = 0; u < kUnroll; ++u) kept_key[(first + u) * Traits::kThreads] = k[u];
         }
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
@@ -351,7 +357,8 @@ __global__ void __launch_bounds__(SummaryFwdTraits<kHeadDim>::kThreads,
     const float scale = static_cast<float>(p.scale) * kLog2e;
     Float8 value_sum{};
     float maximum = -kInfinity, weight_sum = 0.0f;
-    for (int first = 0; first < plan.members_per_part; first += kUnroll) {
+    // Backwards, as the last keys that were read are the likeliest to be in the L2 cache.
+    for (int first = plan.members_per_part - kUnroll; first >= 0; first -= kUnroll) {
         int token[kUnroll];
         find_tokens(token, first);
         uint4 k[kUnroll], v[kUnroll];
@@ -359,8 +366,12 @@ __global__ void __launch_bounds__(SummaryFwdTraits<kHeadDim>::kThreads,
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
             logit[u] = token[u] < 0 ? -kInfinity : 0.0f;
-            k[u] = load(key, token[u]);
             v[u] = load(value, token[u]);
+            if (first >= plan.kept) k[u] = load(key, token[u]);
+        }
+        if (first < plan.kept) {
+#pragma unroll
+            for (int u = 0; u < kUnroll; ++u) k[u] = kept_key[(first + u) * Traits::kThreads];
         }
         float largest = maximum;
 #pragma unroll
@@ -617,6 +628,7 @@ void launch_chunk_summary_fwd(const SummaryParams& p, cudaStream_t stream) {
         .num_prefix_tokens = static_cast<int>(g.num_prefix_tokens),
         .parts_log2 = 0,
         .members_per_part = 0,
+        .kept = 0,
         .partials_log2 = 0,
         .num_rows = static_cast<int>(p.shape.batch * p.shape.heads * g.num_chunks()),
         .rows_per_cta = 0,
@@ -643,14 +655,19 @@ void launch_chunk_summary_fwd(const SummaryParams& p, cudaStream_t stream) {
 
     plan.rows_per_cta = count_rows_per_cta(plan.num_rows, Traits::kGroups >> plan.parts_log2,
                                            multiprocessors() * Traits::kCtasPerSm);
-    const size_t bytes = 4 * ((plan.rows_per_cta + 15) / 16 * 16) * kHeadDim * sizeof(__nv_bfloat16) +
-                         (plan.rows_per_cta << plan.partials_log2) * sizeof(typename Traits::Partial) +
-                         3 * Traits::kGroups * sizeof(float);
+    const int bytes = 4 * ((plan.rows_per_cta + 15) / 16 * 16) * kHeadDim * sizeof(__nv_bfloat16) +
+                      (plan.rows_per_cta << plan.partials_log2) * sizeof(typename Traits::Partial) +
+                      3 * Traits::kGroups * sizeof(float);
+    // As many keys as fit beside the others' into an SM.
+    constexpr int kBytesPerMember = Traits::kThreads * sizeof(uint4), kReserved = 1024;
+    const int most = device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>() / Traits::kCtasPerSm;
+    plan.kept = std::clamp((most - kReserved - bytes) / kBytesPerMember / Traits::kUnroll * Traits::kUnroll,
+                           0, plan.members_per_part);
     const auto kernel = chunk_summary_fwd_kernel<S, kHeadDim>;
     static LimitsOf limits_of;
     limits_of(kernel);
     const auto blocks = static_cast<unsigned>(detail::ceil_div(plan.num_rows, plan.rows_per_cta));
-    kernel<<<blocks, Traits::kThreads, bytes, stream>>>(p, plan);
+    kernel<<<blocks, Traits::kThreads, bytes + plan.kept * kBytesPerMember, stream>>>(p, plan);
 }
 
 } // namespace eva_attn::cuda::mma
