@@ -54,8 +54,11 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
     const SummaryBackward backward = backward_for(dtype_, params_);
     const int64_t per_chunk[] = {heads, num_chunks, shape.head_dim};
     rounded_terms_ = backward.on_tensor_cores;
-    for (Tensor* term : {&omega_, &grad_beta_, &grad_key_mean_, &grad_query_mean_})
-        *term = at::empty(per_chunk, rounded_terms_ ? options.dtype(row_dtype_) : options);
+    const auto row_options = rounded_terms_ ? options.dtype(row_dtype_) : options;
+    for (Tensor* term : {&omega_, &grad_beta_}) *term = at::empty(per_chunk, row_options);
+    const Tensor grad_means = at::empty({2, heads, num_chunks, shape.head_dim}, row_options);
+    grad_key_mean_ = grad_means.select(0, 0);
+    grad_query_mean_ = grad_means.select(0, 1);
     if (params_.tangent) {
         grad_entropy_ = empty({heads, num_chunks});
         params_.grad_entropy = data(grad_entropy_);
@@ -67,8 +70,11 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
         token_weight_ = empty({heads, geometry.num_tokens()});
         token_grad_ = empty({heads, geometry.num_tokens()});
     }
-    Tensor grad_projections, projection_rows, mu_rows;
-    if (backward.on_tensor_cores) mu_rows = empty(per_chunk);
+    Tensor grad_projections, projection_rows, omega_rows;
+    if (backward.on_tensor_cores) { // two rows of 16 bits take the place of one of floats
+        const bool key_only = params_.has_projection && !params_.has_query_projection;
+        omega_rows = key_only ? empty(per_chunk) : grad_means;
+    }
     if (params_.has_projection) {
         params_.projection_pieces = backward.projection_pieces(dtype_, params_);
         grad_projections = empty({params_.projection_pieces, 2, shape.head_dim + 3, shape.head_dim});
@@ -88,7 +94,7 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
     params_.token_grad = data(token_grad_);
     params_.grad_projections = data(grad_projections);
     params_.projection_rows = data(projection_rows);
-    params_.mu_rows = data(mu_rows);
+    params_.omega_rows = data(omega_rows);
     backward.run(dtype_, params_, stream);
 
     if (!params_.has_projection) return;

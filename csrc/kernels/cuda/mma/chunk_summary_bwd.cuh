@@ -100,7 +100,7 @@ __device__ inline void sum_pieces(const SummaryParams& p, const SummaryGradPlan&
     }
 }
 
-// omega, in mu_rows, and the sums of the landmark gradients' pieces.
+// omega, in omega_rows, and the sums of the landmark gradients' pieces.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kOmegaThreads, Traits::kOmegaCtasPerSm)
     chunk_omega_kernel(const __grid_constant__ SummaryParams p,
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(Traits::kOmegaThreads, Traits::kOmegaCtasPerSm
 #pragma unroll
                 for (int i = 0; i < 8; ++i) omega[r].x[i] += noise.x[i];
             }
-            *reinterpret_cast<Float8*>(static_cast<float*>(p.mu_rows) + at) = omega[r];
+            *reinterpret_cast<Float8*>(static_cast<float*>(p.omega_rows) + at) = omega[r];
         }
     }
 }
@@ -261,7 +261,8 @@ struct ChunkTokensTraits {
     };
 };
 
-// token_weight, token_grad, chunk_stats, omega and grad_beta; in mu_rows the gradient of mu's two terms.
+// token_weight, token_grad, chunk_stats, omega and grad_beta; in the landmark value gradients' first piece
+// the gradient of mu's two terms.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     chunk_tokens_bwd_kernel(const __grid_constant__ SummaryParams p,
@@ -304,11 +305,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         reinterpret_cast<const char*>(head_rows<S>(p.value, batch, head) + (in_row ? column : 0));
     const int key_stride = static_cast<int>(p.key.token_stride * sizeof(S));
     const int value_stride = static_cast<int>(p.value.token_stride * sizeof(S));
+    float* const landmark_grad = static_cast<float*>(p.grad_landmark_value) +
+                                 landmark_row(p, plan, active ? index : 0) * head_dim + column;
     float omega[8] = {}, grad_beta[8] = {};
     if (in_row) {
-        load_floats(omega, static_cast<const float*>(p.mu_rows) + row);
-        load_floats(grad_beta, static_cast<const float*>(p.grad_landmark_value) +
-                                   landmark_row(p, plan, index) * head_dim + column);
+        load_floats(omega, static_cast<const float*>(p.omega_rows) + row);
+        load_floats(grad_beta, landmark_grad);
     }
 
     // kUnits passes make a batch: each lane keeps the logit and g of one of its group's tokens; if there is
@@ -418,7 +420,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const float factor = has_mu ? scale * static_cast<float>(p.mu_scale) * inverse : 0.0f;
 #pragma unroll
     for (int d = 0; d < 8; ++d) grad_mu[d] = factor * (softmax.sum_gk[d] - mean_g * softmax.sum_k[d]);
-    store_floats(static_cast<float*>(p.mu_rows) + row, grad_mu);
+    store_floats(landmark_grad, grad_mu);
     if (!has_mu) pack_row(static_cast<S*>(p.grad_query_mean) + row, grad_mu);
     if (unit != 0) return;
     float* const stats = static_cast<float*>(p.chunk_stats) + 2 * int64_t{index};
@@ -456,7 +458,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             const bool exists = own + 16 * i < count && inside;
             const int64_t at = int64_t{first + own + 16 * i} * head_dim + column;
             const auto* mean = static_cast<const float*>(branch ? p.query_mean : p.key_mean) + at;
-            const auto* grad_mu = static_cast<const float*>(p.mu_rows) + at;
+            const auto* grad_mu = static_cast<const float*>(p.grad_landmark_value) +
+                                  landmark_row(p, plan, first + own + 16 * i) * head_dim + column;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 copy_async(&shared.stage[i][0][half][threadIdx.x], mean + 4 * half, exists);
