@@ -447,7 +447,7 @@ __global__ void __launch_bounds__(SummaryFwdTraits<kHeadDim>::kThreads,
 struct FewMembersTraits {
     static constexpr int kHeadDim = 64, kLanes = kHeadDim / 8;
     static constexpr int kMembers = 4;
-    static constexpr int kThreads = 256, kRows = kThreads / kLanes, kCtasPerSm = 3;
+    static constexpr int kThreads = 256, kRows = kThreads / kLanes, kCtasPerSm = 2;
     static constexpr int kParts = kHeadDim / 16; // of a product, each a warp's
     static_assert(kThreads / kWarpSize == 2 * kParts);
 
