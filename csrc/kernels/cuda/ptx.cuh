@@ -66,6 +66,13 @@ __device__ inline void load_matrix_transposed(uint32_t (&r)[4], const void* row)
     load_matrix_transposed(r, shared_address(row));
 }
 
+// And back to shared memory, at a shared address (sm_90 upward).
+__device__ inline void store_matrix(uint32_t row, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(row), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
 // C [16, 8] += A [16, 16] B [16, 8] in float. With group = lane / 4 and pair = 2 * (lane % 4), a lane holds
 // A rows group and group + 8 (a[0], a[1]: columns pair, pair + 1; a[2], a[3]: 8 further),
 // B rows pair, pair + 1 (b[0]) and 8 further (b[1]) of column group,

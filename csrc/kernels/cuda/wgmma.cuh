@@ -12,7 +12,11 @@ __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.sha
 
 __device__ inline void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 __device__ inline void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
-__device__ inline void warpgroup_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;\n" ::: "memory"); }
+// Until at most `kPending` of the latest groups are under way.
+template <int kPending = 0>
+__device__ inline void warpgroup_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+}
 // Moves registers between warpgroups: how many each thread has from here on.
 template <int kRegisters>
 __device__ inline void warpgroup_take_registers() {

@@ -10,6 +10,7 @@
 #include "kernels/cuda/mma/window_attention_bwd_global_sm90.cuh"
 #include "kernels/cuda/mma/window_attention_bwd_prefix.cuh"
 #include "kernels/cuda/mma/window_attention_bwd_sm90.cuh"
+#include "kernels/cuda/mma/window_attention_bwd_tile_sm90.cuh"
 
 namespace eva_attn::cuda::mma {
 
@@ -47,6 +48,7 @@ template <class S, bool kHasPrefix>
 void launch_windows(const AttentionParams& p, cudaStream_t stream) {
     const bool is_narrow = p.shape.head_dim <= 64;
     if (is_one_block(p.shape.geometry)) {
+        if (is_narrow && launch_window_attention_bwd_tile_sm90<TileGradSm90Traits<S>>(p, stream)) return;
         using Wide = WindowGradTraits<S, 128, true, kHasPrefix>;
         using General = WindowGradTraits<S, 64, true, kHasPrefix>;
         using Plain = WindowGradTraits<S, 64, false, kHasPrefix>;

@@ -199,6 +199,27 @@ __device__ inline float dot(const S* a, const S* b) {
     return sum;
 }
 
+// The gradient of a relative bias: of each offset key - query, the sum over the pairs of a window's
+// positions, times `factor`.
+template <int kThreads>
+__device__ inline void store_bias_gradient(const float (&sum)[64][65], const Geometry& g,
+                                           const BoxShape& window, float factor, float* out) {
+    const int bias_width = static_cast<int>(g.bias_width);
+    const int entries = static_cast<int>(g.bias_height) * bias_width;
+    const int height = window.height, width = window.width;
+    for (int i = threadIdx.x; i < entries; i += kThreads) {
+        const int y = i / bias_width - static_cast<int>(g.bias_height) / 2,
+                  x = i % bias_width - bias_width / 2;
+        float total = 0;
+        for (int query_y = max(0, -y); query_y < min(height, height - y); ++query_y)
+            for (int query_x = max(0, -x); query_x < min(width, width - x); ++query_x) {
+                const int query = query_y * width + query_x;
+                total += sum[query + y * width + x][query];
+            }
+        out[i] = factor * total;
+    }
+}
+
 // A warp's 16 rows of gradients go out by way of its rows of a tile, from row `own` on.
 template <class S, int kHeadDim>
 __device__ inline void stage_gradient(const float (&gradient)[kHeadDim / 8][4], Tile<S, kHeadDim> staging,

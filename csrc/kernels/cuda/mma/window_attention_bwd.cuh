@@ -499,22 +499,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         for (int e = 0; e < 4; ++e)
             shared.bias_sum[own + group + e / 2 * 8][8 * n + pair + e % 2] = grad_bias[n][e];
     __syncthreads();
-    const int bias_width = static_cast<int>(g.bias_width);
-    const int entries = static_cast<int>(g.bias_height) * bias_width;
-    float* const out = static_cast<float*>(p.grad_relative_bias) + (bh * plan.slices + slice) * entries;
-    for (int i = threadIdx.x; i < entries; i += kThreads) {
-        // The pairs of positions whose offset key - query is (y, x).
-        const int height = w.queries.height, width = w.queries.width;
-        const int y = i / bias_width - static_cast<int>(g.bias_height) / 2,
-                  x = i % bias_width - bias_width / 2;
-        float sum = 0;
-        for (int query_y = max(0, -y); query_y < min(height, height - y); ++query_y)
-            for (int query_x = max(0, -x); query_x < min(width, width - x); ++query_x) {
-                const int query = query_y * width + query_x;
-                sum += shared.bias_sum[query + y * width + x][query];
-            }
-        out[i] = sum;
-    }
+    const int64_t piece = bh * plan.slices + slice;
+    store_bias_gradient<kThreads>(shared.bias_sum, g, w.queries, 1.0f,
+                                  static_cast<float*>(p.grad_relative_bias) +
+                                      piece * g.bias_height * g.bias_width);
 }
 
 template <class Traits>

@@ -9,7 +9,7 @@
 #include "kernels/cuda/mma/online_softmax.cuh"
 #include "kernels/cuda/mma/persistent.cuh"
 #include "kernels/cuda/mma/product.cuh"
-#include "kernels/cuda/mma/windows.cuh"
+#include "kernels/cuda/mma/window_tile.cuh"
 #include "kernels/cuda/tma.cuh"
 
 namespace eva_attn::cuda::mma {
@@ -61,7 +61,7 @@ struct AttentionSm90 {
     const AttentionSm90Maps& maps;
     S *queries, *blocks; // [slot][kTile], [slot][key, value][kTile]
     typename Traits::Barriers& barriers;
-    float4* bias_tile; // [kBlockN / 8, kWarpgroupSize]
+    float4* bias_tile; // [kScoreTileVectors]
     float* bias_table;
 
     __device__ AttentionSm90(const AttentionParams& p, const AttentionSm90Plan& plan,
@@ -71,8 +71,7 @@ struct AttentionSm90 {
           barriers(*reinterpret_cast<typename Traits::Barriers*>(
               blocks + (plan.key_slots + plan.landmark_slots) * 2 * kTile)),
           bias_tile(reinterpret_cast<float4*>(&barriers + 1)),
-          bias_table(reinterpret_cast<float*>(bias_tile +
-                                              (plan.has_bias_tile ? kBlockN / 8 * kWarpgroupSize : 0))) {}
+          bias_table(reinterpret_cast<float*>(bias_tile + (plan.has_bias_tile ? kScoreTileVectors : 0))) {}
 
     static int64_t shared_bytes(const AttentionSm90Plan& plan) {
         const int64_t tiles = Traits::kQuerySlots + 2 * (plan.key_slots + plan.landmark_slots);
@@ -358,35 +357,17 @@ struct AttentionSm90 {
         fill_bias_table<Traits::kConsumers>(p, w, head, bias_table, 1.0f / static_cast<float>(p.scale));
         consumers_sync();
         if (!plan.has_bias_tile) return;
-        const int thread = threadIdx.x % kWarpgroupSize, lane = threadIdx.x % kWarpSize;
-        const int row = thread / kWarpSize * 16 + lane / 4;
-        for (int n = threadIdx.x / kWarpgroupSize; n < kBlockN / 8; n += Traits::kWarpgroups) {
-            float bias[4];
-            for (int i = 0; i < 4; ++i) {
-                const int column = 8 * n + lane % 4 * 2 + i % 2;
-                const int place = column < w.keys.size() ? w.key_place(column) : w.hidden;
-                bias[i] = bias_table[place - w.query_place(min(row + i / 2 * 8, w.queries.size() - 1))];
-            }
-            bias_tile[n * kWarpgroupSize + thread] = float4{bias[0], bias[1], bias[2], bias[3]};
-        }
+        fill_bias_tile<Traits::kWarpgroups>(w, bias_table, bias_tile);
         consumers_sync();
     }
 
     __device__ void begin_scores(float (&score)[kBlockN / 8][4], int tile, int block) const {
-        const int thread = threadIdx.x % kWarpgroupSize, lane = threadIdx.x % kWarpSize;
         const Windows& w = plan.windows;
         if (block < plan.tiles && plan.has_bias_tile) {
-#pragma unroll
-            for (int n = 0; n < kBlockN / 8; ++n) {
-                const float4 bias = bias_tile[n * kWarpgroupSize + thread];
-                score[n][0] = bias.x;
-                score[n][1] = bias.y;
-                score[n][2] = bias.z;
-                score[n][3] = bias.w;
-            }
+            begin_with_bias(score, bias_tile);
         } else if (block < plan.tiles && (p.relative_bias || (p.shape.geometry.is_causal && block == tile))) {
-            const int row = thread / kWarpSize * 16 + lane / 4, column = lane % 4 * 2;
-            const float* bias = bias_table + w.center + kBlockN * (block - tile) + column - row;
+            const float* bias =
+                bias_table + w.center + kBlockN * (block - tile) + score_column() - score_row();
 #pragma unroll
             for (int n = 0; n < kBlockN / 8; ++n)
 #pragma unroll
@@ -405,38 +386,12 @@ struct AttentionSm90 {
         return g.is_causal ? min(landmarks, token / static_cast<int>(g.chunk_width)) : landmarks;
     }
 
-    // Bit 2 n + i of `hidden` stands for column 8 n + pair + i.
-    __device__ static void hide(float (&score)[kBlockN / 8][4], const uint32_t (&hidden)[2]) {
-#pragma unroll
-        for (int part = 0; part < 4; ++part) {
-            if (((hidden[0] | hidden[1]) >> 4 * part & 15) == 0) continue;
-#pragma unroll
-            for (int n = 2 * part; n < 2 * part + 2; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    if (hidden[i / 2] >> (2 * n + i % 2) & 1) score[n][i] = -kInfinity;
-        }
-    }
-    // Of a window that the grid's border cuts.
-    __device__ static void hide_outside(float (&score)[kBlockN / 8][4], const TokenBox& box, int block) {
-        const int first = block * kBlockN + threadIdx.x % 4 * 2;
-        uint32_t outside = 0;
-#pragma unroll 1
-        for (int i = 0; i < kBlockN / 4; ++i)
-            outside |= static_cast<uint32_t>(box.token(first + i / 2 * 8 + i % 2) < 0) << i;
-        hide(score, {outside, outside});
-    }
     __device__ void hide_landmarks(float (&score)[kBlockN / 8][4], const Unit& unit) const {
         const int first = unit.box.x0 + kBlockM * unit.tile;
         if (landmarks_before(first) == kBlockN) return;
-        const int thread = threadIdx.x % kWarpgroupSize, lane = threadIdx.x % kWarpSize;
         uint32_t hidden[2];
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int visible = landmarks_before(first + thread / kWarpSize * 16 + lane / 4 + 8 * r);
-            const int before = visible / 8 * 2 + max(0, min(visible % 8 - lane % 4 * 2, 2));
-            hidden[r] = visible == kBlockN ? 0 : ~0u << before;
-        }
+        for (int r = 0; r < 2; ++r) hidden[r] = columns_from(landmarks_before(first + score_row() + 8 * r));
         hide(score, hidden);
     }
 };
