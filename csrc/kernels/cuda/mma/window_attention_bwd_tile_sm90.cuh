@@ -130,7 +130,6 @@ struct TileGradSm90 {
     __device__ void load() const {
         constexpr int kRowBytes = kTile * static_cast<int>(sizeof(S));
         const Windows& w = plan.windows;
-        const L2Policy last_use = L2Policy::evict_first();
         RingCursor slot, landmark_slot;
         bool is_first = true;
 #pragma unroll 1
@@ -144,10 +143,10 @@ struct TileGradSm90 {
                 int2{y0 - chunk_y * plan.chunk_height, x0 - chunk_x * plan.chunk_width};
             const int chunks = plan.has_terms ? plan.chunks_height * plan.chunks_width : 0;
             barrier_arrive_expect(full, (4 * w.queries.size() + Traits::kTerms * chunks) * kRowBytes);
-            load_box(window.query, maps.query, full, 0, x0, y0, at.head, at.batch, last_use);
-            load_box(window.key, maps.key, full, 0, x0, y0, at.head, at.batch, last_use);
-            load_box(window.grad_output, maps.grad_output, full, 0, x0, y0, at.head, at.batch, last_use);
-            load_box(window.value, maps.value, full, 0, x0, y0, at.head, at.batch, last_use);
+            load_box(window.query, maps.query, full, 0, x0, y0, at.head, at.batch);
+            load_box(window.key, maps.key, full, 0, x0, y0, at.head, at.batch);
+            load_box(window.grad_output, maps.grad_output, full, 0, x0, y0, at.head, at.batch);
+            load_box(window.value, maps.value, full, 0, x0, y0, at.head, at.batch);
             if (plan.has_terms) {
 #pragma unroll
                 for (int i = 0; i < Traits::kTerms; ++i)
@@ -170,16 +169,15 @@ struct TileGradSm90 {
     // By one thread.
     __device__ void store() const {
         const Windows& w = plan.windows;
-        const L2Policy policy = L2Policy::evict_first();
         RingCursor slot;
 #pragma unroll 1
         for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan)) {
             const int y0 = at.row * w.queries.height, x0 = at.column * w.queries.width;
             const Window& window = shared.windows[slot.slot];
             barrier_wait(&shared.gradients_full[slot.slot], slot.phase);
-            store_box(window.query, maps.grad_query, 0, x0, y0, at.head, at.batch, policy);
-            store_box(window.key, maps.grad_key, 0, x0, y0, at.head, at.batch, policy);
-            store_box(window.value, maps.grad_value, 0, x0, y0, at.head, at.batch, policy);
+            store_box(window.query, maps.grad_query, 0, x0, y0, at.head, at.batch);
+            store_box(window.key, maps.grad_key, 0, x0, y0, at.head, at.batch);
+            store_box(window.value, maps.grad_value, 0, x0, y0, at.head, at.batch);
             store_commit();
             store_wait_read();
             barrier_arrive(&shared.window_empty[slot.slot]);
@@ -301,7 +299,12 @@ struct TileGradSm90 {
             delta[r] = numbers.delta[r] * scale;
         }
         // To weights, and to the gradients of the scores times the scale.
-        const auto weigh = [&](ScoreTile& score, ScoreTile& grad_weight, int n) {
+        const auto weigh = [&](ScoreTile& score, ScoreTile& grad_weight, int n, int columns) {
+            if (n == kTile / 8 - 1 && columns <= 8 * n) { // as of 7 x 7
+#pragma unroll
+                for (int e = 0; e < 4; ++e) score[n][e] = grad_weight[n][e] = 0;
+                return;
+            }
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 score[n][e] = exp2_approx(score[n][e] * scale_log2 - lse[e / 2]);
@@ -316,7 +319,7 @@ struct TileGradSm90 {
         Operand weight, grad_score;
 #pragma unroll
         for (int n = 0; n < kTile / 8; ++n) {
-            weigh(score, grad_weight, n);
+            weigh(score, grad_weight, n, plan.windows.queries.size());
 #pragma unroll
             for (int e = 0; e < 4; ++e) grad_bias[n][e] += grad_weight[n][e];
         }
@@ -349,7 +352,8 @@ struct TileGradSm90 {
         const uint32_t hidden = columns_from(static_cast<int>(p.num_landmarks));
         hide(landmark_score, {hidden, hidden});
 #pragma unroll
-        for (int n = 0; n < kTile / 8; ++n) weigh(landmark_score, landmark_grad_weight, n);
+        for (int n = 0; n < kTile / 8; ++n)
+            weigh(landmark_score, landmark_grad_weight, n, static_cast<int>(p.num_landmarks));
         Operand landmark_grad_score;
         pack_tile(landmark_grad_score, landmark_grad_weight);
         for (Factor& factor : landmark_grad_score) fence_factor(factor);
