@@ -95,6 +95,24 @@ __device__ inline void multiply_add<__half>(float (&c)[4], const uint32_t (&a)[4
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// C [16, 8] += A [16, 8] B [8, 8], likewise of the first 8 columns of A and rows of B alone.
+template <class S>
+__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[2], uint32_t b);
+template <>
+__device__ inline void multiply_add<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, "
+        "%3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+template <>
+__device__ inline void multiply_add<__half>(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, "
+        "%3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
 // Two floats as a pair of S, the first in the lower half.
 template <class S>
 __device__ inline uint32_t pack(float low, float high);
