@@ -334,7 +334,7 @@ struct DecodingHead {
         for (int step = -Tile::kStages, stage = 0; step <= 0 || first_row(step) < count; ++step) {
             if (step == 0) begin();
             const int from = step & (kBiasSteps - 1);
-            if (step >= 0) {
+            if (step >= 0 && first_row(step) < count) { // a warp may have none
                 if (from == 0) latest_biases = next_biases.value();
                 copy_wait<Tile::kStages - 1>();
                 __syncwarp();
