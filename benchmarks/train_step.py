@@ -76,7 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(harness.headline(facts))
     print(
         f"batch {options.batch}, {tokens} tokens, width {options.width}, depth {options.depth}, "
-        f"{options.heads} heads, bfloat16 autocast, AdamW, {f'compiled ({options.mode})' if options.compile else 'eager'}"
+        f"{options.heads} heads, bfloat16 autocast, AdamW, "
+        f"{f'compiled ({options.mode})' if options.compile else 'eager'}"
     )
     steps = {name: training_step(name, options, device) for name in options.attention}
     timings = harness.measure(steps, device, repeats=options.repeats, warmup=5)
