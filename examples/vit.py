@@ -128,7 +128,8 @@ class VisionTransformer(nn.Module):
         self.apply(_init)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.patches(images).flatten(2).mT + self.positions
+        # A token's channels side by side: all that follows keeps the order of these.
+        x = self.patches(images).flatten(2).mT.contiguous() + self.positions
         return self.head(self.norm(self.blocks(x)).mean(1))
 
 
