@@ -22,6 +22,7 @@ _WEIGHT_NAMES = [
     for branch in ("key", "query")
     for name in ("weight", "bias", "norm_weight", "norm_bias")
 ]
+_NO_WEIGHTS: list[Tensor | None] = [None] * len(_WEIGHT_NAMES)
 _SIZE_NAMES = (
     "grid_size",
     "window_size",
@@ -51,8 +52,8 @@ def _or_plain(function: _Function) -> _Function:
     @functools.wraps(function)
     def choose(*args: Any, **kwargs: Any) -> Any:
         first: Any = args[0] if args else kwargs.get("query", kwargs.get("qkv"))
-        has_kernels = first is None or first.device.type in _DEVICES_WITH_KERNELS
-        if has_kernels and not torch.onnx.is_in_onnx_export():
+        has_kernels = first is None or first.is_cuda or first.device.type in _DEVICES_WITH_KERNELS
+        if has_kernels and not _is_in_onnx_export():
             return function(*args, **kwargs)
         if not has_kernels:
             _warn_of_plain(first.device.type)
@@ -61,6 +62,12 @@ def _or_plain(function: _Function) -> _Function:
         return getattr(reference, function.__name__)(*args, **kwargs)
 
     return choose  # type: ignore[return-value]
+
+
+def _is_in_onnx_export() -> bool:
+    """Asks `torch.onnx` only where something is traced: each time, it would take as long as half a launch."""
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return is_traced and torch.onnx.is_in_onnx_export()
 
 
 @functools.cache
@@ -520,23 +527,24 @@ def projection_arguments(projection: "LandmarkProjection | None") -> dict[str, A
 
 def _projection_weights(projection: "LandmarkProjection | None") -> tuple[list[Tensor | None], float]:
     """Weights in the order of `_WEIGHT_NAMES`, and the LayerNorms' epsilon."""
-    weights: list[Tensor | None] = []
-    norm_eps = 1e-5
     if projection is None:
-        return [None] * len(_WEIGHT_NAMES), norm_eps
+        return _NO_WEIGHTS, 1e-5
     if not isinstance(projection, torch.nn.Module):
         raise TypeError(f"projection: expected a LandmarkProjection or None, got {projection!r}")
+    weights: list[Tensor | None] = []
+    norm_eps = 1e-5
     for name in ("key", "query"):
         branch = _registered(projection, projection._modules, name)
         if branch is None:
             weights += [None] * 4
             continue
-        linear, *norms = branch._modules.values()
-        for layer in (linear, *norms):
-            weights += [_registered(layer, layer._parameters, kind) for kind in ("weight", "bias")]
-        for norm in norms:
-            norm_eps = norm.eps
-        if not norms:
+        for layer in branch._modules.values():
+            parameters = layer._parameters
+            weights.append(_registered(layer, parameters, "weight"))
+            weights.append(_registered(layer, parameters, "bias"))
+        if len(branch._modules) > 1:
+            norm_eps = layer.eps
+        else:
             weights += [None, None]
     return weights, norm_eps
 
