@@ -1,6 +1,7 @@
 #include "ops/checks.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 #include <cmath>
@@ -234,8 +235,11 @@ at::ScalarType accumulation_dtype(at::ScalarType dtype) {
 }
 
 Tensor empty_tokens(const Tensor& query) {
-    const c10::SymInt shape[] = {query.sym_size(0), query.sym_size(2), query.sym_size(1), query.sym_size(3)};
-    return empty_beside(query, shape, query.scalar_type()).transpose(1, 2);
+    // One trip through the dispatcher, where a transposition would be another.
+    const auto sizes = query.sym_sizes();
+    const c10::SymInt per_token = sizes[1] * sizes[3];
+    const c10::SymInt strides[] = {sizes[2] * per_token, sizes[3], per_token, 1};
+    return at::empty_strided_symint(sizes, strides, query.options());
 }
 
 Tensor empty_beside(const Tensor& query, c10::SymIntArrayRef shape, at::ScalarType dtype) {
