@@ -100,11 +100,18 @@ void Attention::backward_tokens(const ChunkTerms& chunk_terms, const Tensor& gra
     backward_.run(dtype_, params_, stream_);
 
     if (!relative_bias_.defined()) return;
-    if (relative_bias_.size(0) == 1) {
-        sum_into(grad_relative_bias[0], bias_terms, {0, 1, 2});
-    } else {
-        sum_into(grad_relative_bias, bias_terms, {0, 2});
-    }
+    const int64_t heads = relative_bias_.size(0); // or 1 for all
+    sum_bias_gradient(kernel_dtype(logsumexp_.scalar_type()),
+                      BiasGradient{
+                          .terms = data(bias_terms),
+                          .sequences = shape.batch * shape.heads / heads,
+                          .heads = heads,
+                          .pieces = params_.bias_pieces,
+                          .entries = geometry.bias_height * geometry.bias_width,
+                          .data = data(grad_relative_bias),
+                          .dtype = kernel_dtype(grad_relative_bias.scalar_type()),
+                      },
+                      stream_);
 }
 
 namespace {

@@ -11,8 +11,10 @@ namespace eva_attn::cuda {
 void chunk_extents(const Geometry&, int64_t batch, const bool* key_padding_mask, int32_t* extents,
                    cudaStream_t);
 
-// Adds up what a chunk_summary_bwd left in `grad_projections`; the dtype is that of the accumulation.
+// Add up what a chunk_summary_bwd left in `grad_projections`, and a window_attention_bwd in
+// `grad_relative_bias`; the dtype is that of the accumulation.
 void sum_projection_gradients(DType, const ProjectionGradients&, cudaStream_t);
+void sum_bias_gradient(DType, const BiasGradient&, cudaStream_t);
 
 // Any head dim up to 256, any option, every dtype.
 namespace simt {

@@ -103,6 +103,15 @@ struct ProjectionGradients {
     Parameter weight[2], bias[2], norm_weight[2], norm_bias[2]; // of the key's and the query's projection
 };
 
+// What window_attention_bwd left of the relative bias's gradient, and where the sum over sequences and pieces
+// goes.
+struct BiasGradient {
+    const void* terms; // T [sequences, heads, pieces, entries]
+    int64_t sequences, heads, pieces, entries;
+    void* data; // [heads, entries]
+    DType dtype;
+};
+
 // What the joint attention's backward adds for each token as a member of its chunks; omega null: nothing.
 struct ChunkTerms {
     bool rounded; // the four rows of each chunk are in S, else in T

@@ -53,7 +53,6 @@ struct TileGradSm90Traits {
             float bias_sum[kTile][kTile + 1]; // [key, query]
         };
         alignas(128) S padding[kTile]; // rows beyond the window's go here, so that they stay zeros elsewhere
-        int2 in_chunk[kSlots];         // the window's first position in its first chunk
         uint64_t window_full[kSlots], gradients_full[kSlots], window_empty[kSlots];
         uint64_t landmarks_full[kLandmarkSlots], landmarks_empty[kLandmarkSlots];
     };
@@ -139,8 +138,6 @@ struct TileGradSm90 {
             Window& window = shared.windows[slot.slot];
             uint64_t* const full = &shared.window_full[slot.slot];
             barrier_wait(&shared.window_empty[slot.slot], slot.phase ^ 1);
-            shared.in_chunk[slot.slot] =
-                int2{y0 - chunk_y * plan.chunk_height, x0 - chunk_x * plan.chunk_width};
             const int chunks = plan.has_terms ? plan.chunks_height * plan.chunks_width : 0;
             barrier_arrive_expect(full, (4 * w.queries.size() + Traits::kTerms * chunks) * kRowBytes);
             load_box(window.query, maps.query, full, 0, x0, y0, at.head, at.batch);
@@ -220,12 +217,13 @@ struct TileGradSm90 {
                 const Numbers numbers = next;
                 for (int i = 0; i < Traits::kWarpgroups; ++i) ahead.advance(plan);
                 next = load_numbers(ahead);
+                const TokenBox box = plan.windows.query_box(at.row, at.column);
+                const int2 in_chunk{box.y0 % plan.chunk_height, box.x0 % plan.chunk_width};
                 barrier_wait(&shared.window_full[slot.slot], slot.phase);
                 if (plan.has_landmarks)
                     barrier_wait(&shared.landmarks_full[landmark_slot.slot], landmark_slot.phase);
-                find_gradients(shared.windows[slot.slot], shared.landmarks[landmark_slot.slot],
-                               shared.in_chunk[slot.slot], plan.windows.query_box(at.row, at.column), numbers,
-                               warpgroup, grad_bias);
+                find_gradients(shared.windows[slot.slot], shared.landmarks[landmark_slot.slot], in_chunk, box,
+                               numbers, warpgroup, grad_bias);
                 release(&shared.gradients_full[slot.slot]);
             }
             slot.advance(Traits::kSlots);

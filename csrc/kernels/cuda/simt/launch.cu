@@ -28,51 +28,79 @@ __global__ void __launch_bounds__(simt::kThreads)
     }
 }
 
-// One element of [2, D + 3, D] a lane; the warps of a block share the summands.
+// Of numbers that lie side by side, one a lane; the warps of a block share the summands.
 constexpr int kSumWarps = 16, kSumUnroll = 8;
+constexpr int kSumThreads = kSumWarps * simt::kLanes;
 
-template <class T>
-__global__ void __launch_bounds__(kSumWarps* simt::kLanes, 3)
-    sum_projection_gradients_kernel(const __grid_constant__ ProjectionGradients p) {
+// The sum of term(0) .. term(count - 1), always in the same order, for the first warp.
+template <class T, class Term>
+__device__ T sum_terms(int count, const Term& term) {
     __shared__ T sums[kSumWarps][simt::kLanes];
-    const int64_t size = (p.head_dim + 3) * p.head_dim;
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * simt::kLanes + simt::lane();
-    const T* const terms = static_cast<const T*>(p.terms) + i;
     T sum = 0;
-    const int pieces = i < 2 * size ? static_cast<int>(p.pieces) : 0;
 #pragma unroll 1
-    for (int first = simt::warp(); first < pieces; first += kSumUnroll * kSumWarps) {
-        T term[kSumUnroll]; // all of them under way before the first is added
+    for (int first = simt::warp(); first < count; first += kSumUnroll * kSumWarps) {
+        T terms[kSumUnroll]; // all of them under way before the first is added
 #pragma unroll
         for (int u = 0; u < kSumUnroll; ++u) {
-            const int piece = first + u * kSumWarps;
-            term[u] = piece < pieces ? terms[piece * 2 * size] : T(0);
+            const int i = first + u * kSumWarps;
+            terms[u] = i < count ? term(i) : T(0);
         }
 #pragma unroll
-        for (int u = 0; u < kSumUnroll; ++u) sum += term[u];
+        for (int u = 0; u < kSumUnroll; ++u) sum += terms[u];
     }
     sums[simt::warp()][simt::lane()] = sum;
     __syncthreads();
-    if (simt::warp() != 0 || i >= 2 * size) return;
+    if (simt::warp() != 0) return 0;
 #pragma unroll
     for (int warp = 1; warp < kSumWarps; ++warp) sum += sums[warp][simt::lane()];
+    return sum;
+}
+
+template <class T>
+__device__ void store_as(DType dtype, void* data, int64_t at, T x) {
+    switch (dtype) {
+    case DType::kFloat:
+        return simt::store(static_cast<float*>(data) + at, static_cast<float>(x));
+    case DType::kDouble:
+        return simt::store(static_cast<double*>(data) + at, static_cast<double>(x));
+    case DType::kBFloat16:
+        return simt::store(static_cast<__nv_bfloat16*>(data) + at, static_cast<float>(x));
+    case DType::kHalf:
+        return simt::store(static_cast<__half*>(data) + at, static_cast<float>(x));
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kSumThreads, 3)
+    sum_projection_gradients_kernel(const __grid_constant__ ProjectionGradients p) {
+    const int64_t size = (p.head_dim + 3) * p.head_dim;
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * simt::kLanes + simt::lane();
+    const bool inside = i < 2 * size;
+    const T* const terms = static_cast<const T*>(p.terms) + i;
+    const T sum = sum_terms<T>(inside ? static_cast<int>(p.pieces) : 0,
+                               [&](int piece) { return terms[piece * 2 * size]; });
+    if (simt::warp() != 0 || !inside) return;
 
     const int64_t projection = i / size, row = i % size / p.head_dim, column = i % p.head_dim;
     const ProjectionGradients::Parameter* const parameters[] = {p.bias, p.norm_weight, p.norm_bias};
     const auto& [data, dtype] =
         row < p.head_dim ? p.weight[projection] : parameters[row - p.head_dim][projection];
-    if (!data) return;
-    const int64_t at = row < p.head_dim ? row * p.head_dim + column : column;
-    switch (dtype) {
-    case DType::kFloat:
-        return simt::store(static_cast<float*>(data) + at, static_cast<float>(sum));
-    case DType::kDouble:
-        return simt::store(static_cast<double*>(data) + at, static_cast<double>(sum));
-    case DType::kBFloat16:
-        return simt::store(static_cast<__nv_bfloat16*>(data) + at, static_cast<float>(sum));
-    case DType::kHalf:
-        return simt::store(static_cast<__half*>(data) + at, static_cast<float>(sum));
-    }
+    if (data) store_as(dtype, data, row < p.head_dim ? row * p.head_dim + column : column, sum);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kSumThreads, 3)
+    sum_bias_gradient_kernel(const __grid_constant__ BiasGradient p) {
+    const int64_t blocks = detail::ceil_div(p.entries, simt::kLanes), head = blockIdx.x / blocks;
+    const int64_t i = (blockIdx.x - head * blocks) * simt::kLanes + simt::lane();
+    const bool inside = i < p.entries;
+    const T* const terms = static_cast<const T*>(p.terms) + i;
+    const int pieces = static_cast<int>(p.pieces);
+    const T sum = sum_terms<T>(inside ? static_cast<int>(p.sequences) * pieces : 0, [&](int term) {
+        const int64_t sequence = term / pieces;
+        return terms[((sequence * p.heads + head) * pieces + term % pieces) * p.entries];
+    });
+    if (simt::warp() == 0 && inside) store_as(p.dtype, p.data, head * p.entries + i, sum);
 }
 
 // The kernels of a dtype, as an argument of `body`.
@@ -102,7 +130,15 @@ void sum_projection_gradients(DType accumulation, const ProjectionGradients& p, 
     const int64_t blocks = detail::ceil_div(2 * (p.head_dim + 3) * p.head_dim, simt::kLanes);
     const auto kernel = accumulation == DType::kDouble ? sum_projection_gradients_kernel<double>
                                                        : sum_projection_gradients_kernel<float>;
-    kernel<<<static_cast<unsigned>(blocks), kSumWarps * simt::kLanes, 0, stream>>>(p);
+    kernel<<<static_cast<unsigned>(blocks), kSumThreads, 0, stream>>>(p);
+}
+
+void sum_bias_gradient(DType accumulation, const BiasGradient& p, cudaStream_t stream) {
+    const int64_t blocks = p.heads * detail::ceil_div(p.entries, simt::kLanes);
+    if (blocks == 0) return;
+    const auto kernel =
+        accumulation == DType::kDouble ? sum_bias_gradient_kernel<double> : sum_bias_gradient_kernel<float>;
+    kernel<<<static_cast<unsigned>(blocks), kSumThreads, 0, stream>>>(p);
 }
 
 namespace simt {
