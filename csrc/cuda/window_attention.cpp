@@ -14,7 +14,7 @@ Attention::Attention(const Call& call, const Geometry& geometry, const OptionalT
       landmark_value_(contiguous(landmark_value, call.query.scalar_type())),
       landmark_bias_(contiguous(call.attention.landmark_bias, logsumexp.scalar_type())),
       landmark_entropy_(contiguous(landmark_entropy, logsumexp.scalar_type())),
-      relative_bias_(contiguous(call.attention.relative_bias, logsumexp.scalar_type())),
+      relative_bias_(call.attention.relative_bias ? call.attention.relative_bias->contiguous() : Tensor()),
       mask_(contiguous(call.key_padding_mask, at::kBool)), output_(output),
       logsumexp_(logsumexp.contiguous()) {
     const Shape shape = checked_shape(call, geometry);
@@ -38,6 +38,7 @@ Attention::Attention(const Call& call, const Geometry& geometry, const OptionalT
         .landmark_entropy = data(landmark_entropy_),
         .extents = static_cast<const int32_t*>(data(extents_)),
         .extents_batch_stride = mask_.defined() ? 4 * geometry.num_chunks() : 0,
+        .relative_bias_dtype = relative_bias_.defined() ? kernel_dtype(relative_bias_.scalar_type()) : dtype_,
         .relative_bias = data(relative_bias_),
         .relative_bias_head_stride = one_bias ? 0 : geometry.bias_height * geometry.bias_width,
         .key_padding_mask = mask_data(mask_),

@@ -145,7 +145,8 @@ struct AttentionParams {
     const int32_t* extents; // [B or 1, C, 4]: box (y0, y1, x0, x1) of each chunk's valid members, or null:
                             // none is empty and none is excluded
     int64_t extents_batch_stride;
-    const void* relative_bias; // T [H or 1, bias_height, bias_width] or null
+    DType relative_bias_dtype; // float's or that of S
+    const void* relative_bias; // [H or 1, bias_height, bias_width] or null
     int64_t relative_bias_head_stride;
     const bool* key_padding_mask; // [B, N] or null
     bool exclude_window_landmarks;

@@ -88,15 +88,24 @@ __device__ inline void fill_bias_table(const AttentionParams& p, const Windows& 
                                        float unit = kLog2e) {
     const Geometry& g = p.shape.geometry;
     const int entries = w.table_height * w.table_width;
-    const float* bias = static_cast<const float*>(p.relative_bias);
-    if (bias) { // cut to the offsets that occur
-        bias += head * p.relative_bias_head_stride + (g.bias_height - w.table_height) / 2 * g.bias_width +
-                (g.bias_width - w.table_width) / 2;
-    }
+    // Cut to the offsets that occur.
+    const int64_t first = head * p.relative_bias_head_stride +
+                          (g.bias_height - w.table_height) / 2 * g.bias_width +
+                          (g.bias_width - w.table_width) / 2;
+    const auto bias = [&](int64_t i) {
+        switch (p.relative_bias_dtype) {
+        case DType::kBFloat16:
+            return __bfloat162float(static_cast<const __nv_bfloat16*>(p.relative_bias)[i]);
+        case DType::kHalf:
+            return __half2float(static_cast<const __half*>(p.relative_bias)[i]);
+        default:
+            return static_cast<const float*>(p.relative_bias)[i];
+        }
+    };
     for (int i = threadIdx.x; i < w.table_size; i += kThreads) {
         const int y = divide(i, w.table_width_reciprocal), x = i - y * w.table_width;
         const bool visible = i < entries && !(g.is_causal && x > w.table_width / 2);
-        table[i] = !visible ? -kInfinity : bias ? unit * bias[y * g.bias_width + x] : 0.0f;
+        table[i] = !visible ? -kInfinity : p.relative_bias ? unit * bias(first + y * g.bias_width + x) : 0.0f;
     }
 }
 

@@ -73,12 +73,9 @@ template <class S, class T = Accumulator<S>>
 struct Head {
     const AttentionParams& p;
     int64_t bh, batch, head;
-    const T* bias; // [bias_height, bias_width] or null
 
     __device__ Head(const AttentionParams& p, int64_t bh)
-        : p(p), bh(bh), batch(bh / p.shape.heads), head(bh % p.shape.heads),
-          bias(p.relative_bias ? static_cast<const T*>(p.relative_bias) + head * p.relative_bias_head_stride
-                               : nullptr) {}
+        : p(p), bh(bh), batch(bh / p.shape.heads), head(bh % p.shape.heads) {}
 
     // Nothing in place of padding.
     __device__ Entry valid(const Entry& entry) const {
@@ -121,7 +118,9 @@ struct Head {
         if (key.kind == Entry::kGrid) {
             if (g.windows_overlap() && !visible.contains(key.y, key.x)) return hidden;
             if (g.is_causal && key.x > query.x) return hidden;
-            return bias ? bias[bias_index(query, key)] : T(0);
+            return p.relative_bias ? weight_at<S>(p.relative_bias_dtype, p.relative_bias,
+                                                  head * p.relative_bias_head_stride + bias_index(query, key))
+                                   : T(0);
         }
         if (g.is_causal && key.index >= query.x / static_cast<int>(g.chunk_width)) return hidden;
         if (p.extents) {
