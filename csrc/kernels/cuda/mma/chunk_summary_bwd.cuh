@@ -3,6 +3,7 @@
 // then through the projections.
 #pragma once
 
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/mma/bwd_utils.cuh"
 #include "kernels/cuda/mma/projection.cuh"
 
@@ -706,10 +707,9 @@ void launch_chunk_summary_bwd(const SummaryParams& p, cudaStream_t stream) {
         const int64_t sums = 2 * plan.total * p.shape.head_dim / 4;
         const int64_t sum_blocks =
             p.pieces == 1 ? 0 : detail::min(264, detail::ceil_div(sums, Projections::kOmegaThreads));
-        cudaFuncSetAttribute(chunk_omega_kernel<Projections>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             kOmegaBytes);
-        cudaFuncSetAttribute(chunk_projections_bwd_kernel<Projections>,
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+        static LimitsOf omega_limits, projection_limits;
+        omega_limits(chunk_omega_kernel<Projections>);
+        projection_limits(chunk_projections_bwd_kernel<Projections>);
         chunk_omega_kernel<Projections><<<static_cast<unsigned>(plan.omega_blocks + sum_blocks),
                                           Projections::kOmegaThreads, kOmegaBytes, stream>>>(p, plan);
         chunk_tokens_bwd_kernel<Tokens>

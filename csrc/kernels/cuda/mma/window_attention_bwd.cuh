@@ -3,6 +3,7 @@
 // chunks.
 #pragma once
 
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/mma/bwd_utils.cuh"
 #include "kernels/cuda/mma/product.cuh"
 #include "kernels/cuda/mma/window_attention_bwd_prefix.cuh"
@@ -541,10 +542,10 @@ void launch_window_attention_bwd(const AttentionParams& p, cudaStream_t stream) 
         .chunk_width_reciprocal = reciprocal(static_cast<int>(g.chunk_width)),
     };
     constexpr int kBytes = sizeof(typename Traits::Shared);
-    cudaFuncSetAttribute(window_attention_bwd_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         kBytes);
-    window_attention_bwd_kernel<Traits>
-        <<<static_cast<unsigned>(blocks), Traits::kThreads, kBytes, stream>>>(p, plan);
+    const auto kernel = window_attention_bwd_kernel<Traits>;
+    static LimitsOf limits_of;
+    limits_of(kernel);
+    kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, kBytes, stream>>>(p, plan);
 }
 
 } // namespace eva_attn::cuda::mma

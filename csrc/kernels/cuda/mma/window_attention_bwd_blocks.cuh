@@ -2,6 +2,7 @@
 // of keys and values, one for those of queries. The block's 64 rows meet blocks of columns, one loaded ahead.
 #pragma once
 
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/mma/bwd_utils.cuh"
 #include "kernels/cuda/mma/product.cuh"
 #include "kernels/cuda/mma/window_attention_bwd_prefix.cuh"
@@ -390,9 +391,11 @@ void launch_window_attention_bwd_blocks(const AttentionParams& p, cudaStream_t s
     const int64_t blocks = p.shape.batch * p.shape.heads * plan.windows.num_windows * plan.blocks_per_window;
     if (blocks == 0) return;
     constexpr int kBytes = sizeof(typename Traits::Shared);
+    static LimitsOf limits_of[2];
+    auto* limits = limits_of;
     for (const auto kernel :
          {window_attention_bwd_keys_kernel<Traits>, window_attention_bwd_queries_kernel<Traits>}) {
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+        (*limits++)(kernel);
         kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, kBytes, stream>>>(p, plan);
     }
 }

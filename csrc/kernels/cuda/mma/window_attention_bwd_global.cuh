@@ -2,6 +2,7 @@
 // and prefix keys, summed over the queries of a piece of the sequence.
 #pragma once
 
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/mma/bwd_utils.cuh"
 #include "kernels/cuda/mma/product.cuh"
 #include "kernels/cuda/mma/windows.cuh"
@@ -238,14 +239,14 @@ void launch_window_attention_bwd_global(const AttentionParams& p, cudaStream_t s
     const int64_t blocks = p.shape.batch * p.shape.heads * p.pieces * count_column_blocks<Traits>(p);
     if (blocks == 0 || p.shape.geometry.num_tokens() == 0) return;
     constexpr bool kAlwaysDropout = Traits::kHeadDim == 128;
-    const bool has_prefix = p.shape.geometry.num_prefix_tokens > 0;
-    auto* const kernel = p.dropout.threshold > 0
-                             ? has_prefix ? window_attention_bwd_global_kernel<Traits, true, true>
-                                          : window_attention_bwd_global_kernel<Traits, true, false>
+    const bool has_dropout = p.dropout.threshold > 0, has_prefix = p.shape.geometry.num_prefix_tokens > 0;
+    auto* const kernel = has_dropout  ? has_prefix ? window_attention_bwd_global_kernel<Traits, true, true>
+                                                   : window_attention_bwd_global_kernel<Traits, true, false>
                          : has_prefix ? window_attention_bwd_global_kernel<Traits, kAlwaysDropout, true>
                                       : window_attention_bwd_global_kernel<Traits, kAlwaysDropout, false>;
     constexpr int kBytes = sizeof(typename Traits::Shared);
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    static LimitsOf limits_of[2][2];
+    limits_of[has_dropout][has_prefix](kernel);
     kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, kBytes, stream>>>(p);
 }
 
