@@ -90,14 +90,6 @@ __device__ inline void store_box(const void* shared, const CUtensorMap& map, int
                  "l"(&map), "r"(d), "r"(x), "r"(y), "r"(head), "r"(batch), "l"(policy.bits)
                  : "memory");
 }
-// Consecutive bytes, a multiple of 16 as the addresses are.
-__device__ inline void load_bytes(void* shared, const void* global, int bytes, uint64_t* barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(
-            shared_address(shared)),
-        "l"(global), "r"(bytes), "r"(shared_address(barrier))
-        : "memory");
-}
 
 __device__ inline void store_commit() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
 // Until the shared memory of this thread's stores may be used again.

@@ -2,18 +2,18 @@
 // after them are the caller's.
 #pragma once
 
-#include "kernels/cuda/mma/tile.cuh"
+#include "kernels/cuda/mma/window_tile.cuh"
 #include "kernels/cuda/wgmma.cuh"
 
 namespace eva_attn::cuda::mma {
 
 constexpr int kTileRows = 64;
 
-// 64 rows, in panels of 64 columns.
-template <class S, int kHeadDim>
+// Rows in panels of 64 columns.
+template <class S, int kHeadDim, int kRows = kTileRows>
 struct WarpgroupTile {
     static constexpr int kPanels = kHeadDim / 64;
-    alignas(1024) S panel[kPanels][kTileRows * 64];
+    alignas(1024) S panel[kPanels][kRows * 64];
 
     // Eight columns of a panel.
     __device__ const S* unit(int panel_index, int row, int unit) const {
@@ -39,14 +39,30 @@ __device__ inline void begin_transposed_product(float (&c)[kTileRows / 8][4],
 }
 
 // c += a b, of an `a` in registers.
-template <class S, int kHeadDim>
-__device__ inline void begin_product(float (&c)[kHeadDim / 8][4], const uint32_t (&a)[kTileRows / 16][4],
-                                     const WarpgroupTile<S, kHeadDim>& b) {
+template <class S, int kHeadDim, int kSteps>
+__device__ inline void begin_product(float (&c)[kHeadDim / 8][4], const uint32_t (&a)[kSteps][4],
+                                     const WarpgroupTile<S, kHeadDim, 16 * kSteps>& b) {
 #pragma unroll
-    for (int k = 0; k < kTileRows / 16; ++k)
+    for (int k = 0; k < kSteps; ++k)
 #pragma unroll
         for (int panel = 0; panel < kHeadDim / 64; ++panel)
             warpgroup_multiply<S, 1>(panel_of(c, panel), a[k], tile_descriptor(b.panel[panel]) + k * 128, 1);
+}
+
+// Such an `a` that is zeros but for x[r] in column[r] of the thread's two rows, where that is among its
+// columns.
+template <class S, int kSteps>
+__device__ inline void make_one_hot(uint32_t (&a)[kSteps][4], const int (&column)[2], const float (&x)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const uint32_t pair = column[r] % 2 ? pack<S>(0, x[r]) : pack<S>(x[r], 0);
+#pragma unroll
+        for (int i = 0; i < 2 * kSteps; ++i) {
+            uint32_t& to = a[i / 2][i % 2 * 2 + r];
+            to = (column[r] & ~1) == 8 * i + score_column() ? pair : 0;
+            asm volatile("" : "+r"(to)::"memory"); // not to be computed between products
+        }
+    }
 }
 
 } // namespace eva_attn::cuda::mma
