@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from . import harness
+from .cases import CASES, SWEEP
 
 DIRECTIONS = {"forward": "o", "forward + backward": "s"}
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -45,9 +46,11 @@ def tokens_of(result: dict[str, Any]) -> int:
 
 
 def time_of_a_token(axes: Axes, results: list[dict[str, Any]], ceiling: dict[str, float]) -> None:
-    """Nanoseconds for a token of one head, and the memory floor."""
+    """Nanoseconds for a token of one head, and the memory floor; causal cases differ in more than tokens."""
     series: dict[str, list[tuple[int, float]]] = {}
     for r in results:
+        if (CASES | SWEEP)[r["case"]].is_causal:
+            continue
         batch, heads = r["shape"][:2]
         number = batch * heads * tokens_of(r)
         series.setdefault(r["peer"], []).append((tokens_of(r), r["milliseconds"] * 1e6 / number))

@@ -502,7 +502,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = from_parsed(Options, parsed)
     found = init_distributed_device_so(options.device)
     process = Process(torch.device(found["device"]), found["global_rank"], found["world_size"])
-    if process.device.type == "cuda":
+    if process.device.index is not None:  # a GPU of several
         torch.cuda.set_device(process.device)
     checkpoint = parsed.output_dir / "last.pt"
     run = Training(options, process)
