@@ -161,31 +161,6 @@ __device__ inline void add_key_terms(float (&grad_key)[kTiles][4], float (&grad_
         }
 }
 
-// Eight elements of a row.
-template <class S>
-__device__ inline void unpack_row(float (&x)[8], const uint4& row) {
-    const uint32_t words[4] = {row.x, row.y, row.z, row.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float2 pair = unpack<S>(words[i]);
-        x[2 * i] = pair.x;
-        x[2 * i + 1] = pair.y;
-    }
-}
-template <class S>
-__device__ inline void pack_row(S* to, const float (&x)[8]) {
-    *reinterpret_cast<uint4*>(to) =
-        uint4{pack<S>(x[0], x[1]), pack<S>(x[2], x[3]), pack<S>(x[4], x[5]), pack<S>(x[6], x[7])};
-}
-__device__ inline void load_floats(float (&x)[8], const float* from) {
-    const float4 a = reinterpret_cast<const float4*>(from)[0], b = reinterpret_cast<const float4*>(from)[1];
-    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
-}
-__device__ inline void store_floats(float* to, const float (&x)[8]) {
-    reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);
-    reinterpret_cast<float4*>(to)[1] = make_float4(x[4], x[5], x[6], x[7]);
-}
-
 // Of eight elements each.
 template <class S>
 __device__ inline float dot(const S* a, const S* b) {
@@ -197,6 +172,31 @@ __device__ inline float dot(const S* a, const S* b) {
     };
     add(x.x, y.x), add(x.y, y.y), add(x.z, y.z), add(x.w, y.w);
     return sum;
+}
+
+// What the queries of a piece give to the keys and values of the thread's two of `columns` global ones, as
+// accumulators hold it; pieces count all (batch, head).
+template <int kTiles>
+__device__ inline void store_global_gradients(const AttentionParams& p, int64_t piece, int columns,
+                                              const int (&column)[2], const float (&grad_key)[kTiles][4],
+                                              const float (&grad_value)[kTiles][4]) {
+    const int head_dim = static_cast<int>(p.shape.head_dim), pair = threadIdx.x % 4 * 2;
+    const float scale = static_cast<float>(p.scale);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        if (column[r] >= columns) continue;
+        const int64_t row = (piece * columns + column[r]) * head_dim;
+        float* const key_out = static_cast<float*>(p.grad_global_key) + row;
+        float* const value_out = static_cast<float*>(p.grad_global_value) + row;
+#pragma unroll
+        for (int d = 0; d < kTiles; ++d) {
+            if (8 * d >= head_dim) continue;
+            *reinterpret_cast<float2*>(key_out + 8 * d + pair) =
+                make_float2(scale * grad_key[d][2 * r], scale * grad_key[d][2 * r + 1]);
+            *reinterpret_cast<float2*>(value_out + 8 * d + pair) =
+                make_float2(grad_value[d][2 * r], grad_value[d][2 * r + 1]);
+        }
+    }
 }
 
 // The gradient of a relative bias: of each offset key - query, the sum over the pairs of a window's

@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(Traits::kOmegaThreads, Traits::kOmegaCtasPerSm
 // eight columns of the sums over the tokens that its group of lanes saw.
 struct ChunkSoftmax {
     float maximum = -kInfinity, sum = 0, sum_g = 0;
-    float sum_gk[8] = {}, sum_k[8] = {};
+    Float8 sum_gk{}, sum_k{};
 
     // Brings the sums to a maximum that is at least the own; returns what to subtract from logits.
     __device__ float raise(float to) {
@@ -219,16 +219,16 @@ struct ChunkSoftmax {
         sum *= factor;
         sum_g *= factor;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) sum_gk[i] *= factor, sum_k[i] *= factor;
+        for (int i = 0; i < 8; ++i) sum_gk.x[i] *= factor, sum_k.x[i] *= factor;
         return shift;
     }
-    __device__ void add(float weight, float g, const float (&key)[8]) {
+    __device__ void add(float weight, float g, const Float8& key) {
         sum += weight;
         sum_g += weight * g;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            sum_gk[i] += weight * g * key[i];
-            sum_k[i] += weight * key[i];
+            sum_gk.x[i] += weight * g * key.x[i];
+            sum_k.x[i] += weight * key.x[i];
         }
     }
     // Adds what the groups of lanes hold that are `offset` lanes away.
@@ -239,8 +239,8 @@ struct ChunkSoftmax {
         sum_g += shuffle(sum_g);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            sum_gk[i] += shuffle(sum_gk[i]);
-            sum_k[i] += shuffle(sum_k[i]);
+            sum_gk.x[i] += shuffle(sum_gk.x[i]);
+            sum_k.x[i] += shuffle(sum_k.x[i]);
         }
     }
 };
@@ -308,10 +308,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const int value_stride = static_cast<int>(p.value.token_stride * sizeof(S));
     float* const landmark_grad = static_cast<float*>(p.grad_landmark_value) +
                                  landmark_row(p, plan, active ? index : 0) * head_dim + column;
-    float omega[8] = {}, grad_beta[8] = {};
+    Float8 omega{}, grad_beta{};
     if (in_row) {
-        load_floats(omega, static_cast<const float*>(p.omega_rows) + row);
-        load_floats(grad_beta, landmark_grad);
+        omega = load8(static_cast<const float*>(p.omega_rows) + row);
+        grad_beta = load8(landmark_grad);
     }
 
     // kUnits passes make a batch: each lane keeps the logit and g of one of its group's tokens; if there is
@@ -338,14 +338,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         float logit[kUnroll], token_g[kUnroll];
 #pragma unroll
         for (int j = 0; j < kUnroll; ++j) {
-            float key[8], value[8];
-            unpack_row<S>(key, key_row[j]);
-            unpack_row<S>(value, value_row[j]);
+            const Float8 key = unpack8<S>(key_row[j]), value = unpack8<S>(value_row[j]);
             logit[j] = token_g[j] = 0;
 #pragma unroll
             for (int d = 0; d < 8; ++d) {
-                logit[j] += key[d] * (omega[d] - 0.5f * key[d]);
-                token_g[j] += grad_beta[d] * value[d];
+                logit[j] += key.x[d] * (omega.x[d] - 0.5f * key.x[d]);
+                token_g[j] += grad_beta.x[d] * value.x[d];
             }
         }
 #pragma unroll
@@ -364,11 +362,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         }
         const float shift = softmax.raise(largest);
 #pragma unroll
-        for (int j = 0; j < kUnroll; ++j) {
-            float key[8];
-            unpack_row<S>(key, key_row[j]);
-            softmax.add(exp2_approx(logit[j] - shift), token_g[j], key);
-        }
+        for (int j = 0; j < kUnroll; ++j)
+            softmax.add(exp2_approx(logit[j] - shift), token_g[j], unpack8<S>(key_row[j]));
         if (one_batch || ((pass + kUnroll) % kUnits != 0 && pass + kUnroll < plan.passes)) continue;
         const int own_token = token_of(pass / kUnits * kUnits + unit);
         if (own_token >= 0) token_weight[own_token] = kept_logit, token_grad[own_token] = kept_g;
@@ -381,8 +376,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             part[warp].maximum = softmax.maximum;
             part[warp].sum = softmax.sum;
             part[warp].sum_g = softmax.sum_g;
-            store_floats(part[warp].sum_gk + column, softmax.sum_gk);
-            store_floats(part[warp].sum_k + column, softmax.sum_k);
+            store8(part[warp].sum_gk + column, softmax.sum_gk);
+            store8(part[warp].sum_k + column, softmax.sum_k);
         }
         __syncthreads();
         const int first = warp / warps * warps;
@@ -395,11 +390,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             softmax.sum += factor * part[i].sum;
             softmax.sum_g += factor * part[i].sum_g;
             if (own_part != 0) continue; // which needs no more
-            float x[8], y[8];
-            load_floats(x, part[i].sum_gk + column);
-            load_floats(y, part[i].sum_k + column);
+            const Float8 gk = load8(part[i].sum_gk + column), k = load8(part[i].sum_k + column);
 #pragma unroll
-            for (int d = 0; d < 8; ++d) softmax.sum_gk[d] += factor * x[d], softmax.sum_k[d] += factor * y[d];
+            for (int d = 0; d < 8; ++d)
+                softmax.sum_gk.x[d] += factor * gk.x[d], softmax.sum_k.x[d] += factor * k.x[d];
         }
     }
 
@@ -415,14 +409,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         token_grad[token] = scale * weight * (token_g - mean_g);
     }
     if (own_part != 0 || !in_row) return;
-    pack_row(static_cast<S*>(p.omega) + row, omega);
-    pack_row(static_cast<S*>(p.grad_beta) + row, grad_beta);
-    float grad_mu[8];
+    const auto store_row = [row](void* to, const Float8& x) {
+        *reinterpret_cast<uint4*>(static_cast<S*>(to) + row) = pack8<S>(x);
+    };
+    store_row(p.omega, omega);
+    store_row(p.grad_beta, grad_beta);
+    Float8 grad_mu;
     const float factor = has_mu ? scale * static_cast<float>(p.mu_scale) * inverse : 0.0f;
 #pragma unroll
-    for (int d = 0; d < 8; ++d) grad_mu[d] = factor * (softmax.sum_gk[d] - mean_g * softmax.sum_k[d]);
-    store_floats(landmark_grad, grad_mu);
-    if (!has_mu) pack_row(static_cast<S*>(p.grad_query_mean) + row, grad_mu);
+    for (int d = 0; d < 8; ++d) grad_mu.x[d] = factor * (softmax.sum_gk.x[d] - mean_g * softmax.sum_k.x[d]);
+    store8(landmark_grad, grad_mu);
+    if (!has_mu) store_row(p.grad_query_mean, grad_mu);
     if (unit != 0) return;
     float* const stats = static_cast<float*>(p.chunk_stats) + 2 * int64_t{index};
     stats[0] = softmax.sum > 0 ? (softmax.maximum + log2f(softmax.sum)) * kLn2 : 0.0f;

@@ -1,6 +1,9 @@
 // How the warps of a persistent block, each with a part of its own, go through windows and slots of tiles.
 #pragma once
 
+#include <cuda_fp16.h>
+#include <type_traits>
+
 #include "kernels/cuda/mma/windows.cuh"
 #include "kernels/cuda/tma.cuh"
 
@@ -16,6 +19,24 @@ __device__ inline void warpgroup_sync(int warpgroup) {
 __device__ inline void release(uint64_t* barrier) {
     __syncwarp();
     if (threadIdx.x % kWarpSize == 0) barrier_arrive(barrier);
+}
+
+// Boxes of a problem's rows [B, H, height, width, D], or of those of a [B, H, count, D] tensor that is whole,
+// as landmarks and all that belongs to chunks. False where the hardware can't.
+template <class S>
+bool make_map(CUtensorMap& map, const Shape& shape, const Rows& rows, int64_t height, int64_t width,
+              int64_t box_height, int64_t box_width) {
+    return make_tensor_map(map, std::is_same_v<S, __half>, rows, shape.batch, shape.heads, height, width,
+                           shape.head_dim, static_cast<int>(box_height), static_cast<int>(box_width));
+}
+inline Rows whole_rows(const Shape& shape, const void* data, int64_t count) {
+    const int64_t stride = count * shape.head_dim;
+    return Rows{const_cast<void*>(data), shape.heads * stride, stride, shape.head_dim, 1};
+}
+template <class S>
+bool make_landmark_map(CUtensorMap& map, const AttentionParams& p, const void* data, int box_rows) {
+    return p.num_landmarks == 0 || make_map<S>(map, p.shape, whole_rows(p.shape, data, p.num_landmarks), 1,
+                                               p.num_landmarks, 1, box_rows);
 }
 
 // Where a role stands in a ring of slots. It waits for every phase of those slots that it uses, as only the

@@ -112,14 +112,6 @@ __device__ inline void store_product(SplitRows<kHeadDim> to, const float (&y)[kR
                     make_float2(y[r][n][e], y[r][n][e + 1]);
 }
 
-template <class W>
-__device__ inline Float8 load8(const W* data) {
-    Float8 x;
-#pragma unroll
-    for (int i = 0; i < 8; i += 4) *reinterpret_cast<float4*>(x.x + i) = load4(data + i);
-    return x;
-}
-
 // A row, eight columns of which each of kLanes lanes holds, becomes its deviation from its mean over its
 // standard deviation, whose reciprocal is returned.
 template <int kLanes>

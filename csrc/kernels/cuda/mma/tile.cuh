@@ -170,6 +170,19 @@ __device__ inline uint4 pack8(const Float8& y) {
                  pack<S>(y.x[6], y.x[7])};
 }
 
+template <class W>
+__device__ inline Float8 load8(const W* data) {
+    Float8 x;
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) *reinterpret_cast<float4*>(x.x + i) = load4(data + i);
+    return x;
+}
+__device__ inline void store8(float* to, const Float8& y) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 4)
+        *reinterpret_cast<float4*>(to + i) = *reinterpret_cast<const float4*>(y.x + i);
+}
+
 // Over kLanes lanes side by side.
 template <int kLanes>
 __device__ inline float lanes_sum(float x) {

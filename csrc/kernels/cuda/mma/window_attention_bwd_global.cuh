@@ -201,22 +201,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         end_products<kHeadDim>(grad_value, grad_key);
     }
 
-    const float scale = static_cast<float>(p.scale);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        if (column[r] >= columns) continue;
-        const int64_t row = ((bh * p.pieces + piece) * columns + column[r]) * head_dim;
-        float* const key_out = static_cast<float*>(p.grad_global_key) + row;
-        float* const value_out = static_cast<float*>(p.grad_global_value) + row;
-#pragma unroll
-        for (int d = 0; d < kHeadDim / 8; ++d) {
-            if (8 * d >= head_dim) continue;
-            *reinterpret_cast<float2*>(key_out + 8 * d + pair) =
-                make_float2(scale * grad_key[d][2 * r], scale * grad_key[d][2 * r + 1]);
-            *reinterpret_cast<float2*>(value_out + 8 * d + pair) =
-                make_float2(grad_value[d][2 * r], grad_value[d][2 * r + 1]);
-        }
-    }
+    store_global_gradients(p, bh * p.pieces + piece, columns, column, grad_key, grad_value);
 }
 
 template <class Traits>

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize,
         auto& shared = *reinterpret_cast<typename Traits::Shared*>(global_grad_memory);
 
         const Geometry& g = p.shape.geometry;
-        const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
+        const int heads = static_cast<int>(p.shape.heads);
         const int landmarks = static_cast<int>(p.num_landmarks), tokens = static_cast<int>(g.num_tokens());
         const int column_blocks = (landmarks + kTileRows - 1) / kTileRows;
         int block = blockIdx.x;
@@ -194,22 +194,7 @@ __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize,
             if (threadIdx.x == 0 && tile + kStages < last_tile) load_queries(tile + kStages, at.slot);
         }
 
-        const float scale = static_cast<float>(p.scale);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            if (column[r] >= landmarks) continue;
-            const int64_t row = ((bh * p.pieces + piece) * landmarks + column[r]) * head_dim;
-            float* const key_out = static_cast<float*>(p.grad_global_key) + row;
-            float* const value_out = static_cast<float*>(p.grad_global_value) + row;
-#pragma unroll
-            for (int d = 0; d < kHeadDim / 8; ++d) {
-                if (8 * d >= head_dim) continue;
-                *reinterpret_cast<float2*>(key_out + 8 * d + pair) =
-                    make_float2(scale * grad_key[d][2 * r], scale * grad_key[d][2 * r + 1]);
-                *reinterpret_cast<float2*>(value_out + 8 * d + pair) =
-                    make_float2(grad_value[d][2 * r], grad_value[d][2 * r + 1]);
-            }
-        }
+        store_global_gradients(p, bh * p.pieces + piece, landmarks, column, grad_key, grad_value);
     }
 }
 
@@ -230,19 +215,14 @@ bool launch_window_attention_bwd_global_sm90(const AttentionParams& p, cudaStrea
     if (blocks > INT_MAX || limits.threads < Traits::kThreads || limits.shared_bytes < kBytes) return false;
 
     GlobalGradSm90Maps maps;
-    const auto make_map = [&](CUtensorMap& map, const Rows& rows, int64_t count) {
-        return make_tensor_map(map, std::is_same_v<typename Traits::S, __half>, rows, p.shape.batch,
-                               p.shape.heads, 1, count, p.shape.head_dim, 1, kTileRows);
+    using S = typename Traits::S;
+    const auto make_token_map = [&](CUtensorMap& map, const Rows& rows) {
+        return make_map<S>(map, p.shape, rows, 1, g.num_tokens(), 1, kTileRows);
     };
-    const auto make_landmark_map = [&](CUtensorMap& map, const void* data) {
-        const int64_t stride = p.num_landmarks * p.shape.head_dim;
-        const Rows rows{const_cast<void*>(data), p.shape.heads * stride, stride, p.shape.head_dim, 1};
-        return make_map(map, rows, p.num_landmarks);
-    };
-    const int64_t tokens = g.num_tokens();
-    if (!make_map(maps.query, p.query, tokens) || !make_map(maps.grad_output, p.grad_output, tokens) ||
-        !make_map(maps.output, p.output, tokens) || !make_landmark_map(maps.landmark_key, p.landmark_key) ||
-        !make_landmark_map(maps.landmark_value, p.landmark_value))
+    if (!make_token_map(maps.query, p.query) || !make_token_map(maps.grad_output, p.grad_output) ||
+        !make_token_map(maps.output, p.output) ||
+        !make_landmark_map<S>(maps.landmark_key, p, p.landmark_key, kTileRows) ||
+        !make_landmark_map<S>(maps.landmark_value, p, p.landmark_value, kTileRows))
         return false;
     kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, kBytes, stream>>>(p, maps);
     return true;

@@ -590,34 +590,28 @@ bool launch_window_attention_bwd_sm90(const AttentionParams& p, cudaStream_t str
     };
 
     WindowGradSm90Maps maps;
-    const auto make_map = [&](CUtensorMap& map, const Rows& rows, int64_t tokens) {
-        return make_tensor_map(map, std::is_same_v<typename Traits::S, __half>, rows, p.shape.batch,
-                               p.shape.heads, 1, tokens, p.shape.head_dim, 1, kTileRows);
-    };
-    const auto make_landmark_map = [&](CUtensorMap& map, const void* data) {
-        const int64_t stride = p.num_landmarks * p.shape.head_dim;
-        const Rows rows{const_cast<void*>(data), p.shape.heads * stride, stride, p.shape.head_dim, 1};
-        return p.num_landmarks == 0 || make_map(map, rows, p.num_landmarks);
+    using S = typename Traits::S;
+    const auto make_token_map = [&](CUtensorMap& map, const Rows& rows) {
+        return make_map<S>(map, p.shape, rows, 1, g.num_tokens(), 1, kTileRows);
     };
     // The rows from each chunk onward that a round may need; whatever lies beyond them reads as zeros.
     const auto make_term_map = [&](CUtensorMap& map, const void* data) {
         const int64_t d = p.shape.head_dim;
         const Rows rows{const_cast<void*>(data), g.num_chunks() * d, d, d, 1};
-        return term_rows == 0 || make_tensor_map(map, std::is_same_v<typename Traits::S, __half>, rows,
-                                                 p.shape.batch * p.shape.heads,
-                                                 g.num_chunks() - term_rows + 1, 1, term_rows, d, 1, 16);
+        return term_rows == 0 ||
+               make_tensor_map(map, std::is_same_v<S, __half>, rows, p.shape.batch * p.shape.heads,
+                               g.num_chunks() - term_rows + 1, 1, term_rows, d, 1, 16);
     };
     const ChunkTerms& terms = p.chunk_terms;
-    const int64_t tokens = g.num_tokens();
-    if (!make_map(maps.query, p.query, tokens) || !make_map(maps.key, p.key, tokens) ||
-        !make_map(maps.value, p.value, tokens) || !make_map(maps.grad_output, p.grad_output, tokens) ||
-        !make_landmark_map(maps.landmark_key, p.landmark_key) ||
-        !make_landmark_map(maps.landmark_value, p.landmark_value) ||
+    if (!make_token_map(maps.query, p.query) || !make_token_map(maps.key, p.key) ||
+        !make_token_map(maps.value, p.value) || !make_token_map(maps.grad_output, p.grad_output) ||
+        !make_landmark_map<S>(maps.landmark_key, p, p.landmark_key, kTileRows) ||
+        !make_landmark_map<S>(maps.landmark_value, p, p.landmark_value, kTileRows) ||
         !make_term_map(maps.terms[0], terms.omega) || !make_term_map(maps.terms[1], terms.grad_beta) ||
         !make_term_map(maps.terms[2], terms.grad_key_mean) ||
         !make_term_map(maps.terms[3], terms.grad_query_mean) ||
-        !make_map(maps.grad_query, p.grad_query, tokens) || !make_map(maps.grad_key, p.grad_key, tokens) ||
-        !make_map(maps.grad_value, p.grad_value, tokens))
+        !make_token_map(maps.grad_query, p.grad_query) || !make_token_map(maps.grad_key, p.grad_key) ||
+        !make_token_map(maps.grad_value, p.grad_value))
         return false;
 
     const int64_t ctas = std::min<int64_t>(num_windows, multiprocessors());

@@ -546,31 +546,20 @@ bool launch_window_attention_bwd_tile_sm90(const AttentionParams& p, cudaStream_
     if (p.grad_relative_bias && most_pieces > p.shape.batch * p.bias_pieces) return false;
 
     TileGradSm90Maps maps;
-    const auto make_map = [&](CUtensorMap& map, const Rows& rows, int64_t height, int64_t width,
-                              int64_t box_height, int64_t box_width) {
-        return make_tensor_map(map, std::is_same_v<typename Traits::S, __half>, rows, p.shape.batch,
-                               p.shape.heads, height, width, p.shape.head_dim, static_cast<int>(box_height),
-                               static_cast<int>(box_width));
-    };
+    using S = typename Traits::S;
     const auto make_token_map = [&](CUtensorMap& map, const Rows& rows) {
-        return make_map(map, rows, g.grid_height, g.grid_width, w.queries.height, w.queries.width);
-    };
-    const auto chunk_rows = [&](const void* data) {
-        const int64_t stride = g.num_chunks() * p.shape.head_dim;
-        return Rows{const_cast<void*>(data), p.shape.heads * stride, stride, p.shape.head_dim, 1};
-    };
-    const auto make_landmark_map = [&](CUtensorMap& map, const void* data) {
-        return !plan.has_landmarks || make_map(map, chunk_rows(data), 1, p.num_landmarks, 1, Traits::kTile);
+        return make_map<S>(map, p.shape, rows, g.grid_height, g.grid_width, w.queries.height,
+                           w.queries.width);
     };
     const auto make_term_map = [&](CUtensorMap& map, const void* data) {
-        return !plan.has_terms || make_map(map, chunk_rows(data), g.chunk_rows(), g.chunk_columns(),
-                                           chunks_height, chunks_width);
+        return !plan.has_terms || make_map<S>(map, p.shape, whole_rows(p.shape, data, g.num_chunks()),
+                                              g.chunk_rows(), g.chunk_columns(), chunks_height, chunks_width);
     };
     const ChunkTerms& terms = p.chunk_terms;
     if (!make_token_map(maps.query, p.query) || !make_token_map(maps.key, p.key) ||
         !make_token_map(maps.value, p.value) || !make_token_map(maps.grad_output, p.grad_output) ||
-        !make_landmark_map(maps.landmark_key, p.landmark_key) ||
-        !make_landmark_map(maps.landmark_value, p.landmark_value) ||
+        !make_landmark_map<S>(maps.landmark_key, p, p.landmark_key, Traits::kTile) ||
+        !make_landmark_map<S>(maps.landmark_value, p, p.landmark_value, Traits::kTile) ||
         !make_term_map(maps.terms[0], terms.omega) || !make_term_map(maps.terms[1], terms.grad_beta) ||
         !make_term_map(maps.terms[2], terms.grad_key_mean) ||
         !make_term_map(maps.terms[3], terms.grad_query_mean) ||

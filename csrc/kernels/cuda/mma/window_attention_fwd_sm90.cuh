@@ -473,21 +473,14 @@ bool launch_window_attention_fwd_sm90(const AttentionParams& p, cudaStream_t str
     }
 
     AttentionSm90Maps maps;
-    const auto make_map = [&](CUtensorMap& map, const Rows& rows) {
-        return make_tensor_map(map, std::is_same_v<S, __half>, rows, p.shape.batch, p.shape.heads,
-                               g.grid_height, g.grid_width, p.shape.head_dim, w.queries.height,
-                               is_one_tile ? w.queries.width : kBlockM);
+    const auto make_token_map = [&](CUtensorMap& map, const Rows& rows) {
+        return make_map<S>(map, p.shape, rows, g.grid_height, g.grid_width, w.queries.height,
+                           is_one_tile ? w.queries.width : kBlockM);
     };
-    const auto make_landmark_map = [&](CUtensorMap& map, const void* data) {
-        const int64_t stride = p.num_landmarks * p.shape.head_dim;
-        const Rows rows{const_cast<void*>(data), p.shape.heads * stride, stride, p.shape.head_dim, 1};
-        return p.num_landmarks == 0 ||
-               make_tensor_map(map, std::is_same_v<S, __half>, rows, p.shape.batch, p.shape.heads, 1,
-                               p.num_landmarks, p.shape.head_dim, 1, kBlockN);
-    };
-    if (!make_map(maps.query, p.query) || !make_map(maps.key, p.key) || !make_map(maps.value, p.value) ||
-        !make_map(maps.output, p.output) || !make_landmark_map(maps.landmark_key, p.landmark_key) ||
-        !make_landmark_map(maps.landmark_value, p.landmark_value))
+    if (!make_token_map(maps.query, p.query) || !make_token_map(maps.key, p.key) ||
+        !make_token_map(maps.value, p.value) || !make_token_map(maps.output, p.output) ||
+        !make_landmark_map<S>(maps.landmark_key, p, p.landmark_key, kBlockN) ||
+        !make_landmark_map<S>(maps.landmark_value, p, p.landmark_value, kBlockN))
         return false;
 
     const auto bytes = static_cast<int>(Attention::shared_bytes(plan));
