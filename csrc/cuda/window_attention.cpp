@@ -53,7 +53,8 @@ Attention::Attention(const Call& call, const Geometry& geometry, const OptionalT
 
 void Attention::forward() const { forward_for(dtype_, params_)(dtype_, params_, stream_); }
 
-void Attention::backward_global(const Tensor& grad_output) {
+void Attention::backward_global(const Tensor& grad_output, const Tensor& room_for_key,
+                                const Tensor& room_for_value) {
     const Shape& shape = params_.shape;
     params_.grad_output = rows(grad_output);
     backward_ = backward_for(dtype_, params_);
@@ -61,8 +62,15 @@ void Attention::backward_global(const Tensor& grad_output) {
     const int64_t sizes[] = {shape.batch * shape.heads, params_.pieces,
                              params_.num_landmarks + shape.geometry.num_prefix_tokens, shape.head_dim};
     delta_ = at::empty_like(logsumexp_);
-    grad_global_key_ = at::empty(sizes, logsumexp_.options());
-    grad_global_value_ = at::empty(sizes, logsumexp_.options());
+    const auto allocate = [&](const Tensor& room) {
+        const int64_t count = sizes[0] * sizes[1] * sizes[2] * sizes[3];
+        if (!room.defined() || !backward_.on_tensor_cores || shape.geometry.num_prefix_tokens > 0 ||
+            count * 2 > room.numel())
+            return at::empty(sizes, logsumexp_.options());
+        return room.transpose(1, 2).view(-1).narrow(0, 0, 2 * count).view(at::kFloat).view(sizes);
+    };
+    grad_global_key_ = allocate(room_for_key);
+    grad_global_value_ = allocate(room_for_value);
     params_.delta = data(delta_);
     params_.grad_global_key = data(grad_global_key_);
     params_.grad_global_value = data(grad_global_value_);

@@ -31,6 +31,11 @@ __device__ inline void copy_wait() {
     asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
+// Begins to bring 32 bytes into the L2 cache.
+__device__ inline void prefetch(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];\n" ::"l"(global));
+}
+
 // 16 bytes that are read once; zeros where `valid` is false, and nothing is read then.
 __device__ inline uint4 load_streaming(const void* global, bool valid) {
     uint4 x;
@@ -130,7 +135,7 @@ template <class S>
 __device__ inline float2 unpack(uint32_t pair);
 template <>
 __device__ inline float2 unpack<__nv_bfloat16>(uint32_t pair) {
-    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 template <>
 __device__ inline float2 unpack<__half>(uint32_t pair) {

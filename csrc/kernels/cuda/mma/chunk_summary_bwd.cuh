@@ -30,7 +30,7 @@ struct ProjectionTraits {
         float factor[kMaxChunks];                      // from gradients of means to those of tokens
         uint4 stage[kRowTiles][2][2][kThreads];        // means, gradients of mu
     };
-    static_assert(3 * kWarps * kHeadDim * sizeof(float) <= sizeof(Shared::stage));
+    static_assert(kWarps * kHeadDim * sizeof(float) <= sizeof(Shared::stage));
 
     // omega: the projections side by side or, to save space, in turn.
     static constexpr int kSides = kHeadDim == 64 ? 2 : 1;
@@ -432,8 +432,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     chunk_projections_bwd_kernel(const __grid_constant__ SummaryParams p,
                                  const __grid_constant__ SummaryGradPlan plan) {
     using S = typename Traits::S;
-    constexpr int kHeadDim = Traits::kHeadDim, kLanes = Traits::kLanes, kWarps = Traits::kWarps,
-                  kRowTiles = Traits::kRowTiles;
+    constexpr int kHeadDim = Traits::kHeadDim, kLanes = Traits::kLanes, kRowTiles = Traits::kRowTiles;
     extern __shared__ __align__(1024) char memory[];
     auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
     using Rows = SplitRows<kHeadDim>;
@@ -443,7 +442,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const int branches = count_projected(p), branch = blockIdx.x % branches, piece = blockIdx.x / branches;
     const Projection& projection = branch ? p.query_projection : p.key_projection;
     const bool norm = projection.norm_weight != nullptr;
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const int warp = threadIdx.x / kWarpSize;
     const int own = threadIdx.x / kLanes, column = threadIdx.x % kLanes * 8; // the lane's rows: own + 16 i
     const bool inside = column < head_dim;
     const int step = gridDim.x / branches * plan.group;
@@ -495,13 +494,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         return 1.0f / static_cast<float>(max(count, 1));
     };
 
-    // For the product of transposed gradients and means.
-    const uint32_t mean_rows = means.address(lane % 16, lane / 16);
-    const uint32_t grad_rows = grads.address(lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2);
     load(piece * plan.group);
     if (p.has_projection) shared.weights.template load<S, Traits::kThreads>(projection, head_dim);
-    float grad_weight[kHeadDim / 8][4] = {};
-    Float8 grad_vector[3] = {}; // of the Linear's bias, the LayerNorm's weight and bias
+    LinearGradient<kHeadDim> linear_gradient;
+    NormGradient<kLanes> norm_gradient;
     for (int first = piece * plan.group; first < plan.total; first += step) {
         const int count = min(plan.group, plan.total - first);
         Float8 grad[kRowTiles] = {};
@@ -542,30 +538,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             Float8& dy = grad[i];
             if (norm) {
                 Float8 x = grads.load_floats(row, column);
-                const Float8 bias = load8(shared.weights.bias + column),
-                             norm_weight = load8(shared.weights.norm_weight + column);
-#pragma unroll
-                for (int d = 0; d < 8; ++d) x.x[d] += bias.x[d];
-                const float rstd =
-                    standardise<kLanes>(x, inside, reciprocal_dim, static_cast<float>(p.norm_eps));
-                float sum = 0, sum_x = 0;
-#pragma unroll
-                for (int d = 0; d < 8; ++d) {
-                    grad_vector[1].x[d] += dy.x[d] * x.x[d];
-                    grad_vector[2].x[d] += dy.x[d];
-                    dy.x[d] *= norm_weight.x[d];
-                    sum += dy.x[d];
-                    sum_x += dy.x[d] * x.x[d];
-                }
-                const float mean = lanes_sum<kLanes>(sum) * reciprocal_dim;
-                const float mean_x = lanes_sum<kLanes>(sum_x) * reciprocal_dim;
-#pragma unroll
-                for (int d = 0; d < 8; ++d)
-                    dy.x[d] = exists ? (dy.x[d] - mean - x.x[d] * mean_x) * rstd : 0.0f;
+                const float rstd = shared.weights.template standardise<kLanes>(
+                    x, column, inside, reciprocal_dim, static_cast<float>(p.norm_eps), norm);
+                norm_gradient.add(dy, x, shared.weights.load8(shared.weights.norm_weight, column), rstd,
+                                  reciprocal_dim, exists);
             }
-#pragma unroll
-            for (int d = 0; d < 8; ++d) grad_vector[0].x[d] += dy.x[d];
-            __syncwarp();
             grads.store(row, column, dy);
         }
         if (first + step < plan.total) load(first + step);
@@ -574,42 +551,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
 
         float product[kRowTiles][2][4];
         multiply_weight<false>(product, grads, shared.weights.linear(), 16 * warp);
-#pragma unroll
-        for (int r = 0; r < 2 * kRowTiles; ++r) {
-            const int row = 8 * r + lane / 4;
-            const float factor = shared.factor[row];
-            const auto packed = [&](int n) {
-                const float* const x = product[r / 2][n] + r % 2 * 2;
-                return pack<S>(factor * x[0], factor * x[1]);
-            };
-            // A lane of a pair takes four columns of the first eight, the other four of the last.
-            const bool odd = lane & 1;
-            const uint32_t left = packed(0), right = packed(1);
-            const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
-            const int to = 16 * warp + odd * 8 + lane % 4 / 2 * 4;
-            if (row < count && to < head_dim)
-                *reinterpret_cast<uint2*>(out + row * head_dim + to) =
-                    odd ? uint2{got, right} : uint2{left, got};
-        }
-#pragma unroll
-        for (int k = 0; k < kRowTiles; ++k) {
-            if (16 * k >= count) break;
-            uint32_t a[2][4];
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-                load_matrix_transposed(a[half],
-                                       grad_rows + 16 * k * Rows::kRowBytes + half * Rows::kLowBytes);
-#pragma unroll
-            for (int n = 0; n < kHeadDim / 8; n += 2) {
-                uint32_t b[2][4];
-#pragma unroll
-                for (int half = 0; half < 2; ++half)
-                    load_matrix_transposed(b[half], (mean_rows ^ 16 * n) + 16 * k * Rows::kRowBytes +
-                                                        half * Rows::kLowBytes);
-                multiply_add_split(grad_weight[n], a, b, 0);
-                multiply_add_split(grad_weight[n + 1], a, b, 1);
-            }
-        }
+        store_product(out, product, shared.factor, count, 16 * warp, head_dim);
+        linear_gradient.template add<kRowTiles>(grads, means, 16 * warp, count);
         __syncthreads();
     }
 
@@ -617,33 +560,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     // Of a projection: the Linear's weight [D, D], its bias, the LayerNorm's weight and bias.
     const int size = (head_dim + 3) * head_dim;
     float* const out = static_cast<float*>(p.grad_projections) + (int64_t{piece} * 2 + branch) * size;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const int row = 16 * warp + lane / 4 + 8 * r, pair = lane % 4 * 2;
-#pragma unroll
-        for (int n = 0; n < kHeadDim / 8; ++n)
-            if (row < head_dim && 8 * n < head_dim)
-                *reinterpret_cast<float2*>(out + row * head_dim + 8 * n + pair) =
-                    make_float2(grad_weight[n][2 * r], grad_weight[n][2 * r + 1]);
-    }
-    auto* const sums = reinterpret_cast<float*>(shared.stage); // [3, warps, D]
-#pragma unroll
-    for (int which = 0; which < 3; ++which) {
-        Float8& x = grad_vector[which];
-#pragma unroll
-        for (int offset = kLanes; offset < kWarpSize; offset *= 2)
-#pragma unroll
-            for (int d = 0; d < 8; ++d) x.x[d] += __shfl_xor_sync(0xffffffffu, x.x[d], offset);
-        if (lane < kLanes) *reinterpret_cast<Float8*>(sums + (which * kWarps + warp) * kHeadDim + column) = x;
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < 3 * kHeadDim; i += Traits::kThreads) {
-        const int which = i / kHeadDim, d = i % kHeadDim;
-        float sum = 0;
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) sum += sums[(which * kWarps + w) * kHeadDim + d];
-        if (d < head_dim) out[(head_dim + which) * head_dim + d] = sum;
-    }
+    linear_gradient.store(out, 16 * warp, head_dim);
+    norm_gradient.template store<Traits::kThreads>(out + (head_dim + 1) * head_dim,
+                                                   reinterpret_cast<float*>(shared.stage), head_dim);
 }
 
 // How many blocks share the chunks in the gradients of one projection.
