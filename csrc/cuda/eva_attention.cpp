@@ -28,7 +28,7 @@ void backward(const Call& call, const Tensor& grad_output, const Tensors<7>& out
     const Geometry geometry = concrete(call.geometry);
     run(EvaAttention::kBackwardName, call, [&](cudaStream_t stream) {
         Attention attention(call, geometry, landmark_key, landmark_value, entropy, output, logsumexp, stream);
-        attention.backward_global(grad_output, grad_query, grad_key);
+        attention.backward_global(grad_output, /*room=*/grad_query);
         Summary summary(call, geometry, key_mean, query_mean, landmark_entropy);
         summary.backward(attention.grad_global_key(), attention.grad_global_value(),
                          attention.grad_landmark_entropy(), {w0, w1, w2, w3, w4, w5, w6, w7}, stream);

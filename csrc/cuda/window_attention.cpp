@@ -53,29 +53,29 @@ Attention::Attention(const Call& call, const Geometry& geometry, const OptionalT
 
 void Attention::forward() const { forward_for(dtype_, params_)(dtype_, params_, stream_); }
 
-void Attention::backward_global(const Tensor& grad_output, const Tensor& room_for_key,
-                                const Tensor& room_for_value) {
+void Attention::backward_global(const Tensor& grad_output, const Tensor& room) {
     const Shape& shape = params_.shape;
     params_.grad_output = rows(grad_output);
     backward_ = backward_for(dtype_, params_);
     params_.pieces = backward_.global_pieces(dtype_, params_);
-    const int64_t sizes[] = {shape.batch * shape.heads, params_.pieces,
-                             params_.num_landmarks + shape.geometry.num_prefix_tokens, shape.head_dim};
+    const int64_t heads = shape.batch * shape.heads;
+    const int64_t columns = params_.num_landmarks + shape.geometry.num_prefix_tokens;
+    const int64_t count = 2 * heads * params_.pieces * columns * shape.head_dim;
+    const auto options = logsumexp_.options();
     delta_ = at::empty_like(logsumexp_);
-    const auto allocate = [&](const Tensor& room) {
-        const int64_t count = sizes[0] * sizes[1] * sizes[2] * sizes[3];
-        if (!room.defined() || !backward_.on_tensor_cores || shape.geometry.num_prefix_tokens > 0 ||
-            count * 2 > room.numel())
-            return at::empty(sizes, logsumexp_.options());
-        return room.transpose(1, 2).view(-1).narrow(0, 0, 2 * count).view(at::kFloat).view(sizes);
-    };
-    grad_global_key_ = allocate(room_for_key);
-    grad_global_value_ = allocate(room_for_value);
+    // Prefix keys' gradients are read while tokens' are written.
+    const bool fits = room.defined() && backward_.on_tensor_cores && shape.geometry.num_prefix_tokens == 0 &&
+                      static_cast<size_t>(count) * sizeof(float) <= room.storage().nbytes();
+    const Tensor grad_global =
+        (fits ? at::empty({0}, options).set_(room.storage(), 0, {count}, {1}) : at::empty({count}, options))
+            .view({2, heads, params_.pieces, columns, shape.head_dim});
+    grad_global_key_ = grad_global.select(0, 0);
+    grad_global_value_ = grad_global.select(0, 1);
     params_.delta = data(delta_);
     params_.grad_global_key = data(grad_global_key_);
     params_.grad_global_value = data(grad_global_value_);
     if (landmark_entropy_.defined()) {
-        grad_landmark_entropy_ = at::empty({sizes[0], sizes[1], params_.num_landmarks}, logsumexp_.options());
+        grad_landmark_entropy_ = at::empty({heads, params_.pieces, params_.num_landmarks}, options);
         params_.grad_landmark_entropy = data(grad_landmark_entropy_);
     }
     backward_.run_global(dtype_, params_, stream_);

@@ -14,10 +14,9 @@ class Attention {
 
     void forward() const;
 
-    // The backward's first half: gradients of landmarks and prefix keys. They may be left in the room of
-    // gradients [B, H, N, D] that the second half writes.
-    void backward_global(const Tensor& grad_output, const Tensor& room_for_key = {},
-                         const Tensor& room_for_value = {});
+    // The backward's first half: gradients of landmarks and prefix keys. They may lie in the storage of
+    // `room`, which only the second half writes.
+    void backward_global(const Tensor& grad_output, const Tensor& room = {});
     // Its result [B H, pieces, C + P, D], the landmarks' rows first.
     const Tensor& grad_global_key() const { return grad_global_key_; }
     const Tensor& grad_global_value() const { return grad_global_value_; }

@@ -550,9 +550,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         __syncthreads();
 
         float product[kRowTiles][2][4];
-        multiply_weight<false>(product, grads, shared.weights.linear(), 16 * warp);
+        multiply_weight<false, kGradientHalves<S>>(product, grads, shared.weights.linear(), 16 * warp);
         store_product(out, product, shared.factor, count, 16 * warp, head_dim);
-        linear_gradient.template add<kRowTiles>(grads, means, 16 * warp, count);
+        linear_gradient.template add<kRowTiles, kGradientHalves<S>>(grads, means, 16 * warp, count);
         __syncthreads();
     }
 

@@ -268,12 +268,13 @@ __global__ void __launch_bounds__(FewMembersGradTraits::kThreads, FewMembersGrad
             const Rows grads{{shared.grad[warp_branch]}};
             const int rows = min(kRows, plan.total - first);
             float product[kRowTiles][2][4];
-            multiply_weight<false>(product, grads, shared.weights[warp_branch].linear(), warp_column);
+            multiply_weight<false, kGradientHalves<S>>(product, grads, shared.weights[warp_branch].linear(),
+                                                       warp_column);
             store_product(static_cast<S*>(warp_branch ? p.grad_query_mean : p.grad_key_mean) +
                               int64_t{first} * head_dim,
                           product, shared.factor, rows, warp_column, head_dim);
-            linear_gradient.template add<kRowTiles>(grads, Rows{{shared.mean[warp_branch]}}, warp_column,
-                                                    rows);
+            linear_gradient.template add<kRowTiles, kGradientHalves<S>>(
+                grads, Rows{{shared.mean[warp_branch]}}, warp_column, rows);
         }
         __syncthreads();
     }

@@ -69,16 +69,24 @@ struct SplitRows {
     }
 };
 
+// How many halves of each factor the products that lead to gradients take: gradients in bfloat16 are no
+// better for the low ones.
+template <class S>
+constexpr int kGradientHalves = std::is_same_v<S, __nv_bfloat16> ? 1 : 2;
+
 // C += A B, but for the product of the low halves: n8 columns of B from its column tile `n` of two.
-__device__ inline void multiply_add_split(float (&c)[4], const uint32_t (&a)[2][4], const uint32_t (&b)[2][4],
-                                          int n) {
-    multiply_add<__nv_bfloat16>(c, a[1], b[0][2 * n], b[0][2 * n + 1]);
-    multiply_add<__nv_bfloat16>(c, a[0], b[1][2 * n], b[1][2 * n + 1]);
+template <int kHalves>
+__device__ inline void multiply_add_split(float (&c)[4], const uint32_t (&a)[kHalves][4],
+                                          const uint32_t (&b)[kHalves][4], int n) {
+    if constexpr (kHalves == 2) {
+        multiply_add<__nv_bfloat16>(c, a[1], b[0][2 * n], b[0][2 * n + 1]);
+        multiply_add<__nv_bfloat16>(c, a[0], b[1][2 * n], b[1][2 * n + 1]);
+    }
     multiply_add<__nv_bfloat16>(c, a[0], b[0][2 * n], b[0][2 * n + 1]);
 }
 
 // A W^T, or A W: 16 kRowTiles rows, 16 columns from `column` onward.
-template <bool kTransposed, int kHeadDim, int kRowTiles>
+template <bool kTransposed, int kHalves = 2, int kHeadDim, int kRowTiles>
 __device__ inline void multiply_weight(float (&y)[kRowTiles][2][4], SplitRows<kHeadDim> a,
                                        SplitRows<kHeadDim> weight, int column) {
     using Rows = SplitRows<kHeadDim>;
@@ -92,17 +100,17 @@ __device__ inline void multiply_weight(float (&y)[kRowTiles][2][4], SplitRows<kH
         for (int i = 0; i < 8; ++i) y[r][i / 4][i % 4] = 0;
 #pragma unroll 4
     for (int k = 0; k < kHeadDim / 16; ++k) {
-        uint32_t b[2][4];
+        uint32_t b[kHalves][4];
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
+        for (int half = 0; half < kHalves; ++half)
             kTransposed
                 ? load_matrix(b[half], (b_rows ^ 32 * k) + half * Rows::kLowBytes)
                 : load_matrix_transposed(b[half], b_rows + 16 * k * Rows::kRowBytes + half * Rows::kLowBytes);
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
-            uint32_t from_a[2][4];
+            uint32_t from_a[kHalves][4];
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
+            for (int half = 0; half < kHalves; ++half)
                 load_matrix(from_a[half],
                             (a_rows ^ 32 * k) + 16 * r * Rows::kRowBytes + half * Rows::kLowBytes);
             multiply_add_split(y[r][0], from_a, b, 0);
@@ -157,7 +165,7 @@ struct LinearGradient {
     float weight[kHeadDim / 8][4] = {}, bias[4] = {}; // the bias's in every column
 
     // Adds what up to 16 kRowTiles rows give, from the gradients of outputs and from inputs.
-    template <int kRowTiles>
+    template <int kRowTiles, int kHalves>
     __device__ void add(SplitRows<kHeadDim> grads, SplitRows<kHeadDim> inputs, int column, int rows) {
         using Rows = SplitRows<kHeadDim>;
         constexpr uint32_t kOnes = 0x3f803f80;
@@ -167,18 +175,18 @@ struct LinearGradient {
 #pragma unroll
         for (int k = 0; k < kRowTiles; ++k) {
             if (16 * k >= rows) break;
-            uint32_t a[2][4];
+            uint32_t a[kHalves][4];
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
+            for (int half = 0; half < kHalves; ++half) {
                 load_matrix_transposed(a[half],
                                        grad_rows + 16 * k * Rows::kRowBytes + half * Rows::kLowBytes);
                 multiply_add<__nv_bfloat16>(bias, a[half], kOnes, kOnes);
             }
 #pragma unroll
             for (int n = 0; n < kHeadDim / 8; n += 2) {
-                uint32_t b[2][4];
+                uint32_t b[kHalves][4];
 #pragma unroll
-                for (int half = 0; half < 2; ++half)
+                for (int half = 0; half < kHalves; ++half)
                     load_matrix_transposed(b[half], (input_rows ^ 16 * n) + 16 * k * Rows::kRowBytes +
                                                         half * Rows::kLowBytes);
                 multiply_add_split(weight[n], a, b, 0);
