@@ -84,8 +84,7 @@ struct AttentionSm90 {
     static int64_t shared_bytes(const AttentionSm90Plan& plan) {
         const int64_t tiles = Traits::kQuerySlots + 2 * (plan.key_slots + plan.landmark_slots);
         return tiles * kTile * sizeof(S) + sizeof(typename Traits::Barriers) +
-               (kIsOneTile ? kBlockM * kBlockN * sizeof(float) : 0) +
-               plan.windows.table_size * sizeof(float);
+               (kIsOneTile ? kBlockM * kBlockN * sizeof(float) : 0) + plan.windows.table_size * sizeof(float);
     }
 
     __device__ void init_barriers() const {
@@ -182,9 +181,9 @@ struct AttentionSm90 {
             const typename Traits::Place at = barriers.place[query.slot];
 #pragma unroll
             for (int panel = 0; panel < Traits::kPanels; ++panel)
-                store_box(queries + query.slot * kTile + panel * Traits::kPanelElements, maps.output, 64 * panel,
-                          at.column * w.queries.width + kBlockM * at.tile, at.row * w.queries.height, at.head,
-                          at.batch);
+                store_box(queries + query.slot * kTile + panel * Traits::kPanelElements, maps.output,
+                          64 * panel, at.column * w.queries.width + kBlockM * at.tile,
+                          at.row * w.queries.height, at.head, at.batch);
             store_commit();
             store_wait_read();
             barrier_arrive(&barriers.query_empty[query.slot]);
@@ -302,14 +301,14 @@ struct AttentionSm90 {
             barrier_wait(&barriers.query_full[query.slot], query.phase);
             const typename Traits::Place& at = barriers.place[query.slot];
 #pragma unroll 1
-            while (head < at.head) fill_bias(++head);
-#pragma unroll 1
             for (; plan.has_landmarks && sequence < at.sequence; ++sequence) {
                 const int slot = plan.key_slots + landmark.slot;
                 barrier_wait(&barriers.block_full[slot], landmark.phase);
                 release(&barriers.block_empty[slot]);
                 landmark.advance(plan.landmark_slots);
             }
+#pragma unroll 1
+            while (head < at.head) fill_bias(++head);
 
             const Unit unit = unit_of(at, tile, queries + query.slot * kTile);
             OnlineSoftmax<kHeadDim> softmax;
@@ -537,8 +536,7 @@ bool launch_window_attention_fwd_sm90(const AttentionParams& p, cudaStream_t str
     if (p.dropout.threshold > 0 || p.key_padding_mask || p.landmark_bias || p.extents ||
         g.num_prefix_tokens > 0 || g.windows_overlap() || p.num_landmarks > kBlockN)
         return false;
-    if (w.queries.size() <= kBlockM)
-        return launch_window_attention_fwd_sm90<S, kHeadDim, true>(p, w, stream);
+    if (w.queries.size() <= kBlockM) return launch_window_attention_fwd_sm90<S, kHeadDim, true>(p, w, stream);
     const bool has_whole_tiles = w.queries.height == 1 && w.queries.width % kBlockM == 0 &&
                                  w.queries.width <= kBlockM * AttentionSm90Traits<S, kHeadDim>::kMaxTiles;
     return has_whole_tiles && launch_window_attention_fwd_sm90<S, kHeadDim, false>(p, w, stream);
