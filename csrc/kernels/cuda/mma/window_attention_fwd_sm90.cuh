@@ -285,7 +285,8 @@ struct AttentionSm90 {
         const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroupSize, 0);
         clear_padding();
 
-        int head = WindowCursor::first(plan).head, sequence = 0, tile = 0, turn = 0;
+        int head = WindowCursor::first(plan).head, batch = WindowCursor::first(plan).batch;
+        int sequence = 0, tile = 0, turn = 0;
         RingCursor query, key, landmark;
         fill_bias(head);
         const auto advance = [&] {
@@ -295,20 +296,29 @@ struct AttentionSm90 {
             tile = 0;
             key.advance(plan.key_slots, plan.tiles);
         };
+        // Through every sequence, those without a tile of this warpgroup too: all warpgroups release each
+        // landmarks and meet at each head's biases, in one order, so that none waits for one that waits for
+        // it.
+        const auto go_to_sequence = [&](int to) {
+#pragma unroll 1
+            for (; sequence < to; ++sequence) {
+                if (plan.has_landmarks) {
+                    const int slot = plan.key_slots + landmark.slot;
+                    barrier_wait(&barriers.block_full[slot], landmark.phase);
+                    release(&barriers.block_empty[slot]);
+                    landmark.advance(plan.landmark_slots);
+                }
+                if (++batch < plan.batch) continue;
+                batch = 0;
+                fill_bias(++head);
+            }
+        };
 #pragma unroll 1
         for (int left = tiles_in_share(); left > 0; --left, advance()) {
             if (turn != warpgroup) continue;
             barrier_wait(&barriers.query_full[query.slot], query.phase);
             const typename Traits::Place& at = barriers.place[query.slot];
-#pragma unroll 1
-            for (; plan.has_landmarks && sequence < at.sequence; ++sequence) {
-                const int slot = plan.key_slots + landmark.slot;
-                barrier_wait(&barriers.block_full[slot], landmark.phase);
-                release(&barriers.block_empty[slot]);
-                landmark.advance(plan.landmark_slots);
-            }
-#pragma unroll 1
-            while (head < at.head) fill_bias(++head);
+            go_to_sequence(at.sequence);
 
             const Unit unit = unit_of(at, tile, queries + query.slot * kTile);
             OnlineSoftmax<kHeadDim> softmax;
@@ -335,9 +345,11 @@ struct AttentionSm90 {
             warpgroup_sync(warpgroup);
             put_output(softmax, unit, &barriers.output_full[query.slot]);
         }
-        const int64_t end = (blockIdx.x + 1) * plan.num_windows / gridDim.x;
-        for (const auto last = (end - 1) / plan.windows.num_windows / plan.batch; head < last;)
-            fill_bias(++head); // with the other warpgroups
+        const WindowCursor first = WindowCursor::first(plan);
+        go_to_sequence((first.row * plan.windows.columns + first.column + first.left - 1) /
+                       plan.windows.num_windows);
+        if (plan.has_landmarks) // no copy may outlive the CTA
+            barrier_wait(&barriers.block_full[plan.key_slots + landmark.slot], landmark.phase);
     }
 
   private:
