@@ -17,7 +17,16 @@ struct OnlineSoftmax {
     // From scores, still to be multiplied by `scale` > 0, to weights, in place.
     template <int kTiles>
     __device__ void update(float (&score)[kTiles][4], float scale, bool is_first) {
-        float shift[2], rescale[2];
+        float largest[2] = {-kInfinity, -kInfinity};
+        find_largest(largest, score);
+        const Step step = begin_step(largest, scale);
+        if (!is_first) rescale_output(step);
+        weigh(score, scale, step);
+    }
+
+    // The parts of an update: of the largest scores in this lane's columns, ...
+    template <int kTiles>
+    __device__ static void find_largest(float (&largest)[2], const float (&score)[kTiles][4]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float even = score[0][2 * r], odd = score[0][2 * r + 1];
@@ -26,27 +35,44 @@ struct OnlineSoftmax {
                 even = fmaxf(even, score[n][2 * r]);
                 odd = fmaxf(odd, score[n][2 * r + 1]);
             }
-            const float largest = fmaxf(maximum[r], scale * quad_max(fmaxf(even, odd)));
-            shift[r] = largest == -kInfinity ? 0.0f : largest;
-            rescale[r] = exp2_approx(maximum[r] - shift[r]);
-            maximum[r] = largest;
+            largest[r] = fmaxf(largest[r], fmaxf(even, odd));
         }
-        if (!is_first) {
+    }
+    // ... what weights and output are scaled by, ...
+    struct Step {
+        float shift[2], rescale[2];
+    };
+    __device__ Step begin_step(const float (&largest)[2], float scale) {
+        Step step;
 #pragma unroll
-            for (int d = 0; d < kHeadDim / 8; ++d)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) output[d][i] *= rescale[i / 2];
+        for (int r = 0; r < 2; ++r) {
+            const float grown = fmaxf(maximum[r], scale * quad_max(largest[r]));
+            step.shift[r] = grown == -kInfinity ? 0.0f : grown;
+            step.rescale[r] = exp2_approx(maximum[r] - step.shift[r]);
+            maximum[r] = grown;
+            sum[r] *= step.rescale[r];
         }
+        return step;
+    }
+    __device__ void rescale_output(const Step& step) {
+#pragma unroll
+        for (int d = 0; d < kHeadDim / 8; ++d)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) output[d][i] *= step.rescale[i / 2];
+    }
+    // ... and the weights.
+    template <int kTiles>
+    __device__ void weigh(float (&score)[kTiles][4], float scale, const Step& step) {
         float added[4] = {};
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                score[n][i] = exp2_approx(score[n][i] * scale - shift[i / 2]);
+                score[n][i] = exp2_approx(score[n][i] * scale - step.shift[i / 2]);
                 added[i] += score[n][i];
             }
 #pragma unroll
-        for (int r = 0; r < 2; ++r) sum[r] = sum[r] * rescale[r] + added[2 * r] + added[2 * r + 1];
+        for (int r = 0; r < 2; ++r) sum[r] += added[2 * r] + added[2 * r + 1];
     }
 
     // Weight columns 16 `step` onward as A of a product.
@@ -57,18 +83,26 @@ struct OnlineSoftmax {
             a[i] = pack<S>(weight[2 * step + i / 2][i % 2 * 2], weight[2 * step + i / 2][i % 2 * 2 + 1]);
     }
 
-    // The output of row `group + 8 r` to rows of 8-column units, and its natural log-sum-exp, +inf if it is
-    // empty; `kept_scale` is dropout's.
-    template <class S, class UnitOf>
-    __device__ float store_row(int r, float kept_scale, UnitOf unit_of) const {
-        const int pair = threadIdx.x % 4 * 2;
+    // The output of row `group + 8 r` as it is in the end, times dropout's `kept_scale`, and its natural
+    // log-sum-exp, +inf if it is empty.
+    __device__ float finish_row(int r, float kept_scale) {
         const float total = quad_sum(sum[r]);
         const float factor = total > 0.0f ? kept_scale * reciprocal_approx(total) : 0.0f;
 #pragma unroll
         for (int d = 0; d < kHeadDim / 8; ++d)
-            *reinterpret_cast<uint32_t*>(unit_of(d) + pair) =
-                pack<S>(output[d][2 * r] * factor, output[d][2 * r + 1] * factor);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) output[d][2 * r + i] *= factor;
         return total > 0.0f ? (maximum[r] + log2_approx(total)) * kLn2 : kInfinity;
+    }
+    // ... and to rows of 8-column units.
+    template <class S, class UnitOf>
+    __device__ float store_row(int r, float kept_scale, UnitOf unit_of) {
+        const float logsumexp = finish_row(r, kept_scale);
+#pragma unroll
+        for (int d = 0; d < kHeadDim / 8; ++d)
+            *reinterpret_cast<uint32_t*>(unit_of(d) + threadIdx.x % 4 * 2) =
+                pack<S>(output[d][2 * r], output[d][2 * r + 1]);
+        return logsumexp;
     }
 };
 

@@ -45,9 +45,10 @@ struct RingCursor {
     int slot = 0;
     uint32_t phase = 0;
 
-    __device__ void advance(int slots) {
-        if (++slot < slots) return;
-        slot = 0;
+    __device__ void advance(int slots, int by = 1) {
+        slot += by;
+        if (slot < slots) return;
+        slot -= slots;
         phase ^= 1;
     }
 };

@@ -16,20 +16,27 @@ namespace eva_attn::cuda::mma {
 
 template <class S, int kHeadDim>
 struct AttentionSm90Traits {
-    // Warpgroups that compute a tile of queries each; of one more, a warp loads, and a warp stores.
+    // Warpgroups that compute a tile of queries each; of one more, three warps load and one stores.
     static constexpr int kWarpgroups = kHeadDim == 64 ? 3 : 2;
     static constexpr int kConsumers = kWarpgroups * kWarpgroupSize;
     static constexpr int kThreads = kConsumers + kWarpgroupSize;
-    static constexpr int kConsumerRegisters = kHeadDim == 64 ? 152 : 232;
-    static constexpr int kServiceRegisters = kHeadDim == 64 ? 56 : 40;
-    static constexpr int kMaxTiles = 4, kMaxKeySlots = 8, kMaxLandmarkSlots = 2;
+    static constexpr int kConsumerRegisters = kHeadDim == 64 ? 160 : 232;
+    static constexpr int kServiceRegisters = kHeadDim == 64 ? 32 : 40;
+    static constexpr int kMaxTiles = 4, kMaxKeySlots = 8, kMaxLandmarkSlots = 3;
     static constexpr int kQuerySlots = 2 * kWarpgroups;
     static constexpr int kPanels = kHeadDim / 64; // of 64 columns, in which a tile is kept
     static constexpr int kPanelElements = kBlockM * 64;
     static constexpr int kTileElements = kPanels * kPanelElements;
     static_assert(kBlockM == kBlockN && kPanels * 64 == kHeadDim);
 
+    // What those who compute and store a tile of queries have to know of it.
+    struct alignas(16) Place {
+        int head, batch, row, column; // of its window
+        int tile;                     // of the window
+        int sequence;                 // how many the CTA has seen before
+    };
     struct alignas(16) Barriers {
+        Place place[kQuerySlots];
         // [slot]; a block is the keys and the values of a block of columns. Slots of landmarks come last.
         uint64_t query_full[kQuerySlots], query_empty[kQuerySlots], output_full[kQuerySlots];
         uint64_t block_full[kMaxKeySlots + kMaxLandmarkSlots], block_empty[kMaxKeySlots + kMaxLandmarkSlots];
@@ -44,14 +51,13 @@ struct AttentionSm90Plan {
     int tile_tokens;
     bool has_landmarks;
     int key_slots, landmark_slots;
-    bool has_bias_tile; // the biases of a window are kept as the accumulators hold them
 };
 
 struct AttentionSm90Maps {
     CUtensorMap query, key, value, landmark_key, landmark_value, output;
 };
 
-template <class S, int kHeadDim>
+template <class S, int kHeadDim, bool kIsOneTile>
 struct AttentionSm90 {
     using Traits = AttentionSm90Traits<S, kHeadDim>;
     static constexpr int kTile = Traits::kTileElements;
@@ -61,8 +67,9 @@ struct AttentionSm90 {
     const AttentionSm90Maps& maps;
     S *queries, *blocks; // [slot][kTile], [slot][key, value][kTile]
     typename Traits::Barriers& barriers;
-    float4* bias_tile; // [kScoreTileVectors]
+    float4* bias_tile; // [kScoreTileVectors], of windows of one tile
     float* bias_table;
+    uint32_t hidden_landmarks; // that there are not, as `hide` takes them
 
     __device__ AttentionSm90(const AttentionParams& p, const AttentionSm90Plan& plan,
                              const AttentionSm90Maps& maps, char* shared)
@@ -71,13 +78,13 @@ struct AttentionSm90 {
           barriers(*reinterpret_cast<typename Traits::Barriers*>(
               blocks + (plan.key_slots + plan.landmark_slots) * 2 * kTile)),
           bias_tile(reinterpret_cast<float4*>(&barriers + 1)),
-          bias_table(reinterpret_cast<float*>(bias_tile + (plan.has_bias_tile ? kScoreTileVectors : 0))) {}
+          bias_table(reinterpret_cast<float*>(bias_tile + (kIsOneTile ? kScoreTileVectors : 0))),
+          hidden_landmarks(columns_from(static_cast<int>(p.num_landmarks))) {}
 
     static int64_t shared_bytes(const AttentionSm90Plan& plan) {
         const int64_t tiles = Traits::kQuerySlots + 2 * (plan.key_slots + plan.landmark_slots);
         return tiles * kTile * sizeof(S) + sizeof(typename Traits::Barriers) +
-               (plan.has_bias_tile ? kBlockM * kBlockN * sizeof(float) : 0) +
-               plan.windows.table_size * sizeof(float);
+               (kIsOneTile ? kBlockM * kBlockN * sizeof(float) : 0) + plan.windows.table_size * sizeof(float);
     }
 
     __device__ void init_barriers() const {
@@ -118,89 +125,97 @@ struct AttentionSm90 {
         load_tile(blocks + slot * 2 * kTile + kTile, value_map, full, x, y, at);
     }
 
-    // By one thread.
-    __device__ void load() const {
+    // By one thread each.
+    __device__ void load_queries() const {
         const Windows& w = plan.windows;
-        RingCursor query, key, landmark;
+        RingCursor query;
+        int sequence = 0;
         bool is_first = true;
-        const auto load_queries = [&](const WindowCursor& at, int tile) {
-            barrier_wait(&barriers.query_empty[query.slot], query.phase ^ 1);
-            uint64_t* full = &barriers.query_full[query.slot];
-            barrier_arrive_expect(full, plan.tile_tokens * kHeadDim * static_cast<int>(sizeof(S)));
-            load_tile(queries + query.slot * kTile, maps.query, full,
-                      at.column * w.queries.width + kBlockM * tile, at.row * w.queries.height, at);
-            query.advance(Traits::kQuerySlots);
-        };
 #pragma unroll 1
         for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan)) {
-            const int at_once = min(Traits::kWarpgroups, plan.tiles);
+            sequence += !is_first && at.begins_sequence();
+            is_first = false;
 #pragma unroll 1
-            for (int tile = 0; tile < at_once; ++tile) load_queries(at, tile);
+            for (int tile = 0; tile < plan.tiles; ++tile) {
+                barrier_wait(&barriers.query_empty[query.slot], query.phase ^ 1);
+                barriers.place[query.slot] = {at.head, at.batch, at.row, at.column, tile, sequence};
+                uint64_t* full = &barriers.query_full[query.slot];
+                barrier_arrive_expect(full, plan.tile_tokens * kHeadDim * static_cast<int>(sizeof(S)));
+                load_tile(queries + query.slot * kTile, maps.query, full,
+                          at.column * w.queries.width + kBlockM * tile, at.row * w.queries.height, at);
+                query.advance(Traits::kQuerySlots);
+            }
+        }
+    }
+    __device__ void load_keys() const {
+        const Windows& w = plan.windows;
+        RingCursor key;
+#pragma unroll 1
+        for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan))
 #pragma unroll 1
             for (int block = 0; block < plan.tiles; ++block) {
                 load_block(key.slot, key.phase, plan.tile_tokens, maps.key, maps.value,
                            at.column * w.queries.width + kBlockN * block, at.row * w.queries.height, at);
                 key.advance(plan.key_slots);
             }
-            if (plan.has_landmarks && (is_first || at.begins_sequence())) {
+    }
+    __device__ void load_landmarks() const {
+        RingCursor landmark;
+        bool is_first = true;
+#pragma unroll 1
+        for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan)) {
+            if (is_first || at.begins_sequence()) {
                 load_block(plan.key_slots + landmark.slot, landmark.phase, kBlockN, maps.landmark_key,
                            maps.landmark_value, 0, 0, at);
                 landmark.advance(plan.landmark_slots);
             }
             is_first = false;
-#pragma unroll 1
-            for (int tile = at_once; tile < plan.tiles; ++tile) load_queries(at, tile);
         }
     }
-
-    // By one thread.
     __device__ void store() const {
         const Windows& w = plan.windows;
         RingCursor query;
 #pragma unroll 1
-        for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan)) {
-#pragma unroll 1
-            for (int tile = 0; tile < plan.tiles; ++tile) {
-                barrier_wait(&barriers.output_full[query.slot], query.phase);
+        for (int left = tiles_in_share(); left > 0; --left) {
+            barrier_wait(&barriers.output_full[query.slot], query.phase);
+            const typename Traits::Place at = barriers.place[query.slot];
 #pragma unroll
-                for (int panel = 0; panel < Traits::kPanels; ++panel)
-                    store_box(queries + query.slot * kTile + panel * Traits::kPanelElements, maps.output,
-                              64 * panel, at.column * w.queries.width + kBlockM * tile,
-                              at.row * w.queries.height, at.head, at.batch);
-                store_commit();
-                store_wait_read();
-                barrier_arrive(&barriers.query_empty[query.slot]);
-                query.advance(Traits::kQuerySlots);
-            }
+            for (int panel = 0; panel < Traits::kPanels; ++panel)
+                store_box(queries + query.slot * kTile + panel * Traits::kPanelElements, maps.output,
+                          64 * panel, at.column * w.queries.width + kBlockM * at.tile,
+                          at.row * w.queries.height, at.head, at.batch);
+            store_commit();
+            store_wait_read();
+            barrier_arrive(&barriers.query_empty[query.slot]);
+            query.advance(Traits::kQuerySlots);
         }
     }
 
     // A tile of queries and the columns that some of them see: blocks of the window, then the landmarks.
     struct Unit {
-        TokenBox box; // the window's
-        int tile, window_blocks, blocks;
+        const typename Traits::Place& place; // of the window
+        int tile, window_blocks;
+        bool is_whole, sees_landmarks;
         S* queries; // then the output
     };
 
-    // Blocks `first` onward; `key` stands at them if they are the window's.
-    template <int kBlocks>
+    // Blocks of the window from `first` on, at which `key` stands, and then the landmarks.
+    template <int kWindowBlocks, bool kHasLandmarks>
     __device__ void attend_blocks(OnlineSoftmax<kHeadDim>& softmax, const Unit& unit, int first,
                                   RingCursor& key, const RingCursor& landmark) const {
+        constexpr int kBlocks = kWindowBlocks + kHasLandmarks;
         using Scores = float[kBlockN / 8][4];
         float score[kBlocks * kBlockN / 8][4];
         const auto block_score = [&](int i) -> Scores& {
             return reinterpret_cast<Scores&>(score[i * kBlockN / 8]);
         };
-        const S* key_tile[kBlocks];
-        uint64_t* empty[kBlocks]; // null: not to be released
+        int slot[kBlocks];
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
-            const bool of_window = first + i < unit.window_blocks;
-            const int slot = of_window ? key.slot : plan.key_slots + landmark.slot;
-            key_tile[i] = blocks + slot * 2 * kTile;
-            empty[i] = of_window ? &barriers.block_empty[slot] : nullptr;
-            begin_scores(block_score(i), unit.tile, of_window ? first + i : plan.tiles);
-            barrier_wait(&barriers.block_full[slot], of_window ? key.phase : landmark.phase);
+            const bool of_window = i < kWindowBlocks;
+            slot[i] = of_window ? key.slot : plan.key_slots + landmark.slot;
+            if (of_window) begin_scores(block_score(i), unit.tile, first + i);
+            barrier_wait(&barriers.block_full[slot[i]], of_window ? key.phase : landmark.phase);
             if (of_window) key.advance(plan.key_slots);
         }
 
@@ -208,97 +223,133 @@ struct AttentionSm90 {
         warpgroup_fence();
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
-            const uint64_t from_key = tile_descriptor(key_tile[i]);
+            const uint64_t from_key = tile_descriptor(blocks + slot[i] * 2 * kTile);
 #pragma unroll
             for (int d = 0; d < kHeadDim / 16; ++d) {
                 const int offset = d / 4 * (Traits::kPanelElements / 8) + d % 4 * 2;
-                warpgroup_multiply<S, 0, 0>(block_score(i), from_query + offset, from_key + offset, 1);
+                warpgroup_multiply<S, 0, 0>(block_score(i), from_query + offset, from_key + offset,
+                                            i < kWindowBlocks || d > 0);
             }
+            warpgroup_commit();
         }
-        warpgroup_commit();
-        warpgroup_wait();
+
+        // Products with one block go on during the softmax over the other.
+        float largest[2] = {-kInfinity, -kInfinity};
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
+            i + 1 < kBlocks ? warpgroup_wait<1>() : warpgroup_wait<0>();
             fence_registers(block_score(i));
-            if (!empty[i]) {
+            if (i == kWindowBlocks) {
                 hide_landmarks(block_score(i), unit);
-            } else if (!unit.box.is_whole()) {
-                hide_outside(block_score(i), unit.box, first + i);
+            } else if (!unit.is_whole) {
+                hide_outside(block_score(i), box_of(unit.place), first + i);
             }
+            softmax.find_largest(largest, block_score(i));
+            asm volatile("" : "+f"(largest[0]), "+f"(largest[1]));
         }
-        softmax.update(score, static_cast<float>(p.scale) * kLog2e, first == 0);
+        const float scale = static_cast<float>(p.scale) * kLog2e;
+        const auto step = softmax.begin_step(largest, scale);
+        if (!kIsOneTile && first > 0) softmax.rescale_output(step);
 
-        uint32_t weight[kBlocks * kBlockN / 16][4];
-#pragma unroll
-        for (int k = 0; k < kBlocks * kBlockN / 16; ++k)
-            softmax.template pack_weights<S>(weight[k], score, k);
         using Output = float[8][4];
         const auto panel_output = [&](int panel) -> Output& {
             return reinterpret_cast<Output&>(softmax.output[8 * panel]);
         };
-        warpgroup_fence();
+        uint32_t weight[kBlocks][kBlockN / 16][4];
 #pragma unroll
-        for (int k = 0; k < kBlocks * kBlockN / 16; ++k) {
-            const uint64_t from_value = tile_descriptor(key_tile[k / 4] + kTile) + k % 4 * 128;
+        for (int i = 0; i < kBlocks; ++i) {
+            softmax.weigh(block_score(i), scale, step);
 #pragma unroll
-            for (int panel = 0; panel < Traits::kPanels; ++panel)
-                warpgroup_multiply<S, 1>(panel_output(panel), weight[k],
-                                         from_value + panel * (Traits::kPanelElements / 8), 1);
+            for (int k = 0; k < kBlockN / 16; ++k)
+                softmax.template pack_weights<S>(weight[i][k], block_score(i), k);
+            warpgroup_fence();
+            const uint64_t from_value = tile_descriptor(blocks + (slot[i] * 2 + 1) * kTile);
+#pragma unroll
+            for (int k = 0; k < kBlockN / 16; ++k)
+#pragma unroll
+                for (int panel = 0; panel < Traits::kPanels; ++panel)
+                    warpgroup_multiply<S, 1>(panel_output(panel), weight[i][k],
+                                             from_value + panel * (Traits::kPanelElements / 8) + k * 128,
+                                             !kIsOneTile || i > 0 || k > 0);
+            warpgroup_commit();
         }
-        warpgroup_commit();
         warpgroup_wait();
 #pragma unroll
         for (int panel = 0; panel < Traits::kPanels; ++panel) fence_registers(panel_output(panel));
 #pragma unroll
-        for (int i = 0; i < kBlocks; ++i)
-            if (empty[i]) release(empty[i]);
+        for (int i = 0; i < kWindowBlocks; ++i) release(&barriers.block_empty[slot[i]]);
     }
 
     // By the warpgroups, which take turns at the tiles.
     __device__ void attend() const {
-        const Windows& w = plan.windows;
         const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroupSize, 0);
         clear_padding();
 
-        int head = -1, turn = 0;
+        int head = WindowCursor::first(plan).head, batch = WindowCursor::first(plan).batch;
+        int sequence = 0, tile = 0, turn = 0;
         RingCursor query, key, landmark;
+        fill_bias(head);
+        const auto advance = [&] {
+            query.advance(Traits::kQuerySlots);
+            if (++turn == Traits::kWarpgroups) turn = 0;
+            if (++tile < plan.tiles) return;
+            tile = 0;
+            key.advance(plan.key_slots, plan.tiles);
+        };
+        // Through every sequence, those without a tile of this warpgroup too: all warpgroups release each
+        // landmarks and meet at each head's biases, in one order, so that none waits for one that waits for
+        // it.
+        const auto go_to_sequence = [&](int to) {
 #pragma unroll 1
-        for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan)) {
-            if (at.head != head) fill_bias(at.head);
-            head = at.head;
-#pragma unroll 1
-            for (int tile = 0; tile < plan.tiles; ++tile) {
-                if (turn == warpgroup) {
-                    const Unit unit = unit_of(at, tile, queries + query.slot * kTile);
-                    OnlineSoftmax<kHeadDim> softmax;
-                    RingCursor unit_key = key;
-                    barrier_wait(&barriers.query_full[query.slot], query.phase);
-                    int block = 0;
-#pragma unroll 1
-                    for (; block + 1 < unit.blocks; block += 2)
-                        attend_blocks<2>(softmax, unit, block, unit_key, landmark);
-                    if (block < unit.blocks) attend_blocks<1>(softmax, unit, block, unit_key, landmark);
-#pragma unroll 1
-                    for (int hidden = unit.window_blocks; hidden < plan.tiles; ++hidden) {
-                        barrier_wait(&barriers.block_full[unit_key.slot], unit_key.phase);
-                        release(&barriers.block_empty[unit_key.slot]);
-                        unit_key.advance(plan.key_slots);
-                    }
-                    warpgroup_sync(warpgroup);
-                    put_output(softmax, unit, at, &barriers.output_full[query.slot]);
+            for (; sequence < to; ++sequence) {
+                if (plan.has_landmarks) {
+                    const int slot = plan.key_slots + landmark.slot;
+                    barrier_wait(&barriers.block_full[slot], landmark.phase);
+                    release(&barriers.block_empty[slot]);
+                    landmark.advance(plan.landmark_slots);
                 }
-                query.advance(Traits::kQuerySlots);
-                if (++turn == Traits::kWarpgroups) turn = 0;
+                if (++batch < plan.batch) continue;
+                batch = 0;
+                fill_bias(++head);
+            }
+        };
+#pragma unroll 1
+        for (int left = tiles_in_share(); left > 0; --left, advance()) {
+            if (turn != warpgroup) continue;
+            barrier_wait(&barriers.query_full[query.slot], query.phase);
+            const typename Traits::Place& at = barriers.place[query.slot];
+            go_to_sequence(at.sequence);
+
+            const Unit unit = unit_of(at, tile, queries + query.slot * kTile);
+            OnlineSoftmax<kHeadDim> softmax;
+            RingCursor unit_key = key;
+            int block = 0;
+            if constexpr (!kIsOneTile) {
+#pragma unroll 1
+                for (; block + 1 < unit.window_blocks; block += 2)
+                    attend_blocks<2, false>(softmax, unit, block, unit_key, landmark);
+            }
+            if (!kIsOneTile && block == unit.window_blocks) {
+                if (unit.sees_landmarks) attend_blocks<0, true>(softmax, unit, block, unit_key, landmark);
+            } else if (unit.sees_landmarks) {
+                attend_blocks<1, true>(softmax, unit, block, unit_key, landmark);
+            } else {
+                attend_blocks<1, false>(softmax, unit, block, unit_key, landmark);
             }
 #pragma unroll 1
-            for (int block = 0; block < plan.tiles; ++block) key.advance(plan.key_slots);
-            if (plan.has_landmarks && at.row == plan.rows - 1 && at.column == w.columns - 1) {
-                const int slot = plan.key_slots + landmark.slot;
-                barrier_wait(&barriers.block_full[slot], landmark.phase);
-                release(&barriers.block_empty[slot]);
-                landmark.advance(plan.landmark_slots);
+            for (int hidden = unit.window_blocks; hidden < plan.tiles; ++hidden) {
+                barrier_wait(&barriers.block_full[unit_key.slot], unit_key.phase);
+                release(&barriers.block_empty[unit_key.slot]);
+                unit_key.advance(plan.key_slots);
             }
+            warpgroup_sync(warpgroup);
+            put_output(softmax, unit, &barriers.output_full[query.slot]);
         }
+        const WindowCursor first = WindowCursor::first(plan);
+        go_to_sequence((first.row * plan.windows.columns + first.column + first.left - 1) /
+                       plan.windows.num_windows);
+        if (plan.has_landmarks) // no copy may outlive the CTA
+            barrier_wait(&barriers.block_full[plan.key_slots + landmark.slot], landmark.phase);
     }
 
   private:
@@ -306,25 +357,36 @@ struct AttentionSm90 {
         asm volatile("bar.sync 8, %0;\n" ::"n"(Traits::kConsumers) : "memory");
     }
 
-    __device__ Unit unit_of(const WindowCursor& at, int tile, S* queries) const {
-        const TokenBox box = plan.windows.query_box(at.row, at.column);
+    __device__ int tiles_in_share() const { return WindowCursor::first(plan).left * plan.tiles; }
+
+    __device__ TokenBox box_of(const typename Traits::Place& place) const {
+        return plan.windows.query_box(place.row, place.column);
+    }
+    __device__ Unit unit_of(const typename Traits::Place& place, int tile, S* queries) const {
+        const TokenBox box = box_of(place);
         const bool is_causal = p.shape.geometry.is_causal;
         const int window_blocks = is_causal ? tile + 1 : plan.tiles;
         const int landmarks = landmarks_before(box.x0 + kBlockM * (tile + 1) - 1);
-        return Unit{box, tile, window_blocks, window_blocks + (landmarks > 0), queries};
+        return Unit{place, tile, window_blocks, box.is_whole(), landmarks > 0, queries};
     }
 
-    __device__ void put_output(const OnlineSoftmax<kHeadDim>& softmax, const Unit& unit,
-                               const WindowCursor& at, uint64_t* output_full) const {
+    __device__ void put_output(OnlineSoftmax<kHeadDim>& softmax, const Unit& unit,
+                               uint64_t* output_full) const {
+        const typename Traits::Place at = unit.place;
+        const TokenBox box = box_of(at);
         const int lane = threadIdx.x % kWarpSize;
-        const int first_row = threadIdx.x % kWarpgroupSize / kWarpSize * 16 + lane / 4;
+        const int first_row = score_row();
         float logsumexp[2];
 #pragma unroll
-        for (int r = 0; r < 2; ++r)
-            logsumexp[r] = softmax.template store_row<S>(r, 1.0f, [&](int d) {
-                const Tile<S, 64> panel{unit.queries + d / 8 * Traits::kPanelElements};
-                return panel.unit(first_row, d % 8) + 8 * r * 64;
-            });
+        for (int r = 0; r < 2; ++r) logsumexp[r] = softmax.finish_row(r, 1.0f);
+#pragma unroll
+        for (int d = 0; d < kHeadDim / 8; d += 2) {
+            const Tile<S, 64> panel{unit.queries + d / 8 * Traits::kPanelElements};
+            uint32_t packed[4];
+            softmax.template pack_weights<S>(packed, softmax.output, d / 2);
+            store_matrix(shared_address(panel.unit(first_row - lane / 4 + lane % 16, d % 8 + lane / 16)),
+                         packed);
+        }
         fence_async_proxy();
         release(output_full);
 
@@ -332,7 +394,7 @@ struct AttentionSm90 {
         auto* to = static_cast<float*>(p.logsumexp) + sequence * plan.windows.num_tokens;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int token = unit.box.token(kBlockM * unit.tile + first_row + 8 * r);
+            const int token = box.token(kBlockM * unit.tile + first_row + 8 * r);
             if (lane % 4 == 0 && token >= 0) to[token] = logsumexp[r];
         }
     }
@@ -352,32 +414,28 @@ struct AttentionSm90 {
     // Of a head, divided by the scale: scores begin with them.
     __device__ void fill_bias(int head) const {
         const Windows& w = plan.windows;
-        if (!w.has_table && !plan.has_bias_tile) return;
+        if (!w.has_table && !kIsOneTile) return;
         consumers_sync();
         fill_bias_table<Traits::kConsumers>(p, w, head, bias_table, 1.0f / static_cast<float>(p.scale));
         consumers_sync();
-        if (!plan.has_bias_tile) return;
+        if (!kIsOneTile) return;
         fill_bias_tile<Traits::kWarpgroups>(w, bias_table, bias_tile);
         consumers_sync();
     }
 
-    __device__ void begin_scores(float (&score)[kBlockN / 8][4], int tile, int block) const {
-        const Windows& w = plan.windows;
-        if (block < plan.tiles && plan.has_bias_tile) {
+    // Of a block of the window.
+    __device__ void begin_scores(ScoreTile& score, int tile, int block) const {
+        if constexpr (kIsOneTile) {
             begin_with_bias(score, bias_tile);
-        } else if (block < plan.tiles && (p.relative_bias || (p.shape.geometry.is_causal && block == tile))) {
-            const float* bias =
-                bias_table + w.center + kBlockN * (block - tile) + score_column() - score_row();
-#pragma unroll
-            for (int n = 0; n < kBlockN / 8; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) score[n][i] = bias[8 * n + i % 2 - i / 2 * 8];
-        } else {
-#pragma unroll
-            for (int n = 0; n < kBlockN / 8; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) score[n][i] = 0.0f;
+            return;
         }
+        const bool has_bias = p.relative_bias || (p.shape.geometry.is_causal && block == tile);
+        const float* bias =
+            bias_table + plan.windows.center + kBlockN * (block - tile) + score_column() - score_row();
+#pragma unroll
+        for (int n = 0; n < kBlockN / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) score[n][i] = has_bias ? bias[8 * n + i % 2 - i / 2 * 8] : 0.0f;
     }
 
     __device__ int landmarks_before(int token) const {
@@ -387,17 +445,19 @@ struct AttentionSm90 {
     }
 
     __device__ void hide_landmarks(float (&score)[kBlockN / 8][4], const Unit& unit) const {
-        const int first = unit.box.x0 + kBlockM * unit.tile;
-        if (landmarks_before(first) == kBlockN) return;
-        uint32_t hidden[2];
+        uint32_t hidden[2] = {hidden_landmarks, hidden_landmarks};
+        if (p.shape.geometry.is_causal) {
+            const int first =
+                unit.place.column * plan.windows.queries.width + kBlockM * unit.tile + score_row();
 #pragma unroll
-        for (int r = 0; r < 2; ++r) hidden[r] = columns_from(landmarks_before(first + score_row() + 8 * r));
+            for (int r = 0; r < 2; ++r) hidden[r] = columns_from(landmarks_before(first + 8 * r));
+        }
         hide(score, hidden);
     }
 };
 
 // Compiled for Hopper alone, as the launch bounds tell.
-template <class S, int kHeadDim>
+template <class S, int kHeadDim, bool kIsOneTile>
 __global__ void __launch_bounds__(kHasWarpgroups ? AttentionSm90Traits<S, kHeadDim>::kThreads : kWarpSize, 1)
     window_attention_fwd_sm90_kernel(const __grid_constant__ AttentionParams p,
                                      const __grid_constant__ AttentionSm90Plan plan,
@@ -405,7 +465,7 @@ __global__ void __launch_bounds__(kHasWarpgroups ? AttentionSm90Traits<S, kHeadD
     if constexpr (kHasWarpgroups) {
         using Traits = AttentionSm90Traits<S, kHeadDim>;
         extern __shared__ __align__(1024) char attention_tiles[];
-        const AttentionSm90<S, kHeadDim> attention(p, plan, maps, attention_tiles);
+        const AttentionSm90<S, kHeadDim, kIsOneTile> attention(p, plan, maps, attention_tiles);
         const int role = threadIdx.x / kWarpSize - Traits::kConsumers / kWarpSize;
         if (threadIdx.x == 0) attention.init_barriers();
         if (threadIdx.x == Traits::kConsumers) attention.prefetch_maps();
@@ -416,28 +476,22 @@ __global__ void __launch_bounds__(kHasWarpgroups ? AttentionSm90Traits<S, kHeadD
         } else {
             warpgroup_give_registers<Traits::kServiceRegisters>();
             if (threadIdx.x % kWarpSize != 0) return;
-            if (role == 0) attention.load();
-            if (role == 1) attention.store();
+            if (role == 0) attention.load_queries();
+            if (role == 1) attention.load_keys();
+            if (role == 2 && plan.has_landmarks) attention.load_landmarks();
+            if (role == 3) attention.store();
         }
     }
 }
 
 // False where this kernel was not compiled for the device, or does not do what is asked.
-template <class S, int kHeadDim>
-bool launch_window_attention_fwd_sm90(const AttentionParams& p, cudaStream_t stream) {
+template <class S, int kHeadDim, bool kIsOneTile>
+bool launch_window_attention_fwd_sm90(const AttentionParams& p, Windows w, cudaStream_t stream) {
     using Traits = AttentionSm90Traits<S, kHeadDim>;
-    using Attention = AttentionSm90<S, kHeadDim>;
+    using Attention = AttentionSm90<S, kHeadDim, kIsOneTile>;
     const Geometry& g = p.shape.geometry;
-    const auto kernel = window_attention_fwd_sm90_kernel<S, kHeadDim>;
-    Windows w = Windows::of(p);
-    const bool is_one_tile = w.queries.size() <= kBlockM;
-    const bool has_whole_tiles = w.queries.height == 1 && w.queries.width % kBlockM == 0 &&
-                                 w.queries.width <= kBlockM * Traits::kMaxTiles;
-    if (p.dropout.threshold > 0 || p.key_padding_mask || p.landmark_bias || p.extents ||
-        g.num_prefix_tokens > 0 || g.windows_overlap() || p.num_landmarks > kBlockN ||
-        !(is_one_tile || has_whole_tiles))
-        return false;
-    if (!is_one_tile) w.table_size = w.table_height * w.table_width; // no place is hidden
+    const auto kernel = window_attention_fwd_sm90_kernel<S, kHeadDim, kIsOneTile>;
+    if (!kIsOneTile) w.table_size = w.table_height * w.table_width; // no place is hidden
     const int64_t num_windows = p.shape.batch * p.shape.heads * w.num_windows;
     if (num_windows == 0) return true;
     if (num_windows > INT_MAX) return false;
@@ -447,12 +501,11 @@ bool launch_window_attention_fwd_sm90(const AttentionParams& p, cudaStream_t str
         .batch = static_cast<int>(p.shape.batch),
         .rows = static_cast<int>(g.window_rows()),
         .num_windows = num_windows,
-        .tiles = is_one_tile ? 1 : w.queries.width / kBlockM,
+        .tiles = kIsOneTile ? 1 : w.queries.width / kBlockM,
         .tile_tokens = std::min(w.queries.size(), kBlockM),
         .has_landmarks = p.num_landmarks > 0,
         .key_slots = 0,
         .landmark_slots = p.num_landmarks > 0 ? Traits::kMaxLandmarkSlots : 0,
-        .has_bias_tile = is_one_tile,
     };
     // So many that each warpgroup meets every phase of the slots that it uses.
     const bool meets_all_windows = plan.tiles >= Traits::kWarpgroups;
@@ -475,7 +528,7 @@ bool launch_window_attention_fwd_sm90(const AttentionParams& p, cudaStream_t str
     AttentionSm90Maps maps;
     const auto make_token_map = [&](CUtensorMap& map, const Rows& rows) {
         return make_map<S>(map, p.shape, rows, g.grid_height, g.grid_width, w.queries.height,
-                           is_one_tile ? w.queries.width : kBlockM);
+                           kIsOneTile ? w.queries.width : kBlockM);
     };
     if (!make_token_map(maps.query, p.query) || !make_token_map(maps.key, p.key) ||
         !make_token_map(maps.value, p.value) || !make_token_map(maps.output, p.output) ||
@@ -486,6 +539,19 @@ bool launch_window_attention_fwd_sm90(const AttentionParams& p, cudaStream_t str
     const auto bytes = static_cast<int>(Attention::shared_bytes(plan));
     kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, bytes, stream>>>(p, plan, maps);
     return true;
+}
+
+template <class S, int kHeadDim>
+bool launch_window_attention_fwd_sm90(const AttentionParams& p, cudaStream_t stream) {
+    const Geometry& g = p.shape.geometry;
+    const Windows w = Windows::of(p);
+    if (p.dropout.threshold > 0 || p.key_padding_mask || p.landmark_bias || p.extents ||
+        g.num_prefix_tokens > 0 || g.windows_overlap() || p.num_landmarks > kBlockN)
+        return false;
+    if (w.queries.size() <= kBlockM) return launch_window_attention_fwd_sm90<S, kHeadDim, true>(p, w, stream);
+    const bool has_whole_tiles = w.queries.height == 1 && w.queries.width % kBlockM == 0 &&
+                                 w.queries.width <= kBlockM * AttentionSm90Traits<S, kHeadDim>::kMaxTiles;
+    return has_whole_tiles && launch_window_attention_fwd_sm90<S, kHeadDim, false>(p, w, stream);
 }
 
 } // namespace eva_attn::cuda::mma
