@@ -58,6 +58,20 @@ def test_graph_capture(case: Case, dtype: torch.dtype) -> None:
         assert_same(found, outcome(given))
 
 
+def assert_near_plain(found: dict[str, Tensor], case: Case, given: Arguments) -> None:
+    """As exactly as the plain kernels compute it, but for weights and landmarks in half precision."""
+    dtype = given.cotangent.dtype
+    single = op_cases.arguments(case, "cuda", torch.float32)
+    with torch.no_grad():
+        for key, x in single.inputs.items():
+            x.copy_(given.inputs[key].nan_to_num())
+        single.cotangent.copy_(given.cotangent)
+    expected = op_cases.outcome(functional, case, single)
+    for key, x in expected.items():
+        error = (found[key].float() - x).square().mean().sqrt()
+        assert error <= 2 * torch.finfo(dtype).eps * x.square().mean().sqrt().clamp(min=1e-3), key
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", PREFIXED)
 def test_prefix_on_tensor_cores(name: str, dtype: torch.dtype) -> None:
@@ -75,16 +89,33 @@ def test_prefix_on_tensor_cores(name: str, dtype: torch.dtype) -> None:
         with torch.no_grad():
             given.inputs["qkv"][mask] = math.nan
     assert_same(op_cases.outcome(functional, case, given), found)
-    # As exactly as the plain kernels compute it, but for weights and landmarks in half precision.
-    single = op_cases.arguments(case, "cuda", torch.float32)
-    with torch.no_grad():
-        for key, x in single.inputs.items():
-            x.copy_(given.inputs[key].nan_to_num())
-        single.cotangent.copy_(given.cotangent)
-    expected = op_cases.outcome(functional, case, single)
-    for key, x in expected.items():
-        error = (found[key].float() - x).square().mean().sqrt()
-        assert error <= 2 * torch.finfo(dtype).eps * x.square().mean().sqrt().clamp(min=1e-3), key
+    assert_near_plain(found, case, given)
+
+
+# Blocks that stay on the device take windows of several heads and sequences, some of them the last of both.
+SHARED_OUT = Case(256, 256, 64, batch=3, heads=50, kind="linear-layernorm", packed=True, head_dim=64)
+SHARED_OUT_CASES = {
+    "a window a sequence": SHARED_OUT,
+    "128 channels": replace(SHARED_OUT, size=512, head_dim=128),
+    "many heads": replace(SHARED_OUT, size=192, window=192, batch=1, heads=150),
+    "windows of 128": replace(SHARED_OUT, size=320, window=128, bias="per head"),
+    "causal": replace(SHARED_OUT, size=512, is_causal=True),
+    "causal, 128 channels": replace(SHARED_OUT, window=128, head_dim=128, is_causal=True),
+    "without landmarks": replace(SHARED_OUT, size=384, window=128, kind="identity", chunk=384, exclude=True),
+    "grid": replace(SHARED_OUT, size=(14, 14), window=7, chunk=2, bias="per head"),
+    "chunks of three": replace(SHARED_OUT, size=(15, 13), window=5, chunk=(1, 3), noise=True, head_dim=48),
+    "chunks of 16": replace(SHARED_OUT, size=(28, 30), window=7, chunk=4, bias="shared"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SHARED_OUT_CASES)
+def test_blocks_that_take_several_heads(name: str, dtype: torch.dtype) -> None:
+    case = SHARED_OUT_CASES[name]
+    given = op_cases.arguments(case, "cuda", dtype)
+    found = op_cases.outcome(functional, case, given)
+    assert_same(op_cases.outcome(functional, case, given), found)
+    assert_near_plain(found, case, given)
 
 
 def test_dropout_in_a_graph() -> None:
