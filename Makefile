@@ -54,7 +54,7 @@ format: $(tools)
 	clang-format -i $(cpp_files)
 
 clean:
-	rm -rf build dist *.egg-info eva_attn/_C.*.so eva_attn/_C.*.json .hypothesis .mypy_cache .pytest_cache .ruff_cache $(built) $(built)-cpu
+	rm -rf build dist *.egg-info eva_attn/*.so eva_attn/_C.*.json .hypothesis .mypy_cache .pytest_cache .ruff_cache $(built) $(built)-cpu
 
 $(built)-cpu: export EVA_ATTN_CUDA := 0
 $(built) $(built)-cpu: $(base) $(shell find csrc build_backend -type f) setup.py pyproject.toml

@@ -99,7 +99,7 @@ def c_string(text):
 
 
 if torch is None:
-    extension, command, requirement = Extension("eva_attn._C", []), TorchMissing, "torch>=2.11"
+    extensions, command, requirement = [Extension("eva_attn._C", [])], TorchMissing, "torch>=2.11"
 else:
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if release < MINIMUM_TORCH:
@@ -160,6 +160,7 @@ else:
     device = "cuda" if cuda_home else "cpu"
     sources = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*.c*"))
     sources = [path for path in sources if path.suffix in (".cpp", ".cu")]
+    sources.remove(module := Path("csrc/module.cpp"))
     if not cuda_home:
         sources = [path for path in sources if "cuda" not in path.parts]
     system_includes = [flag for path in include_paths(device) for flag in ("-isystem", path)]
@@ -186,17 +187,24 @@ else:
     nvcc += ["-Xfatbin", "-compress-all"]  # a quarter of the size
     nvcc += ["-Xcompiler", "-g0,-fvisibility=hidden,-Wall,-Wextra", *system_includes]
 
-    extension = Extension(
-        "eva_attn._C",
-        sources=[str(path) for path in sources],
-        include_dirs=[str(ROOT / "csrc")],
-        define_macros=[("EVA_ATTN_WITH_CUDA", "1" if cuda_home else "0")],
-        library_dirs=library_paths(device),
-        libraries=libraries,
-        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
-        extra_link_args=link,
-        language="c++",
-    )
+    common = {
+        "include_dirs": [str(ROOT / "csrc")],
+        "define_macros": [("EVA_ATTN_WITH_CUDA", "1" if cuda_home else "0")],
+        "library_dirs": library_paths(device),
+        "extra_compile_args": {"cxx": cxx, "nvcc": nvcc},
+        "extra_link_args": link,
+        "language": "c++",
+    }
+    extensions = [
+        Extension("eva_attn._C", sources=[str(path) for path in sources], libraries=libraries, **common),
+        # Apart, as it needs Python, which the operators do not.
+        Extension(
+            "eva_attn._direct",
+            sources=[str(module)],
+            libraries=["c10", "torch_cpu", "torch_python"],
+            **common,
+        ),
+    ]
     command = BuildKernels
 
-setup(ext_modules=[extension], cmdclass={"build_ext": command}, install_requires=[requirement])
+setup(ext_modules=extensions, cmdclass={"build_ext": command}, install_requires=[requirement])

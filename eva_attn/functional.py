@@ -8,15 +8,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import geometry
+from . import _direct, geometry
 from .geometry import Pair, Size
 
 if TYPE_CHECKING:
     from .modules import LandmarkProjection
 
-# Called by position: to parse two dozen names takes longer than to launch a kernel.
-_eva_attention = torch.ops.eva_attn.eva_attention.default
-_eva_attention_qkvpacked = torch.ops.eva_attn.eva_attention_qkvpacked.default
+_Op = Callable[..., Any]
+# Each also as a function that torch knows nothing of, and that takes less than half of the host's time.
+_EVA_ATTENTION: tuple[_Op, _Op] = (torch.ops.eva_attn.eva_attention.default, _direct.eva_attention)
+_EVA_ATTENTION_QKVPACKED: tuple[_Op, _Op] = (
+    torch.ops.eva_attn.eva_attention_qkvpacked.default,
+    _direct.eva_attention_qkvpacked,
+)
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 _WEIGHT_NAMES = [
     f"{branch}_{name}"
     for branch in ("key", "query")
@@ -171,7 +176,7 @@ def eva_attention(
         dropout_p,
         scale,
     )
-    return _attend(_eva_attention, (query, key, value), sizes, projection, noise, attention)
+    return _attend(_EVA_ATTENTION, (query, key, value), sizes, projection, noise, attention)
 
 
 @_or_plain
@@ -222,7 +227,7 @@ def eva_attention_qkvpacked(
         dropout_p,
         scale,
     )
-    return _attend(_eva_attention_qkvpacked, (qkv,), sizes, projection, noise, attention)
+    return _attend(_EVA_ATTENTION_QKVPACKED, (qkv,), sizes, projection, noise, attention)
 
 
 @_or_plain
@@ -331,17 +336,20 @@ def window_attention(
 
 
 def _attend(
-    op: Callable[..., Any],
+    ops: tuple[_Op, _Op],
     tensors: Sequence[Tensor],
     sizes: tuple[Any, ...],
     projection: "LandmarkProjection | None",
     noise: Tensor | None,
     attention: tuple[Any, ...],
 ) -> Tensor:
-    """The output of both halves by `op`, whose other arguments are in its schema's order."""
+    """The output of both halves by one of `ops`, whose other arguments are in the schema's order."""
+    op, direct = ops
     weights, norm_eps = _projection_weights(projection)
     if not _is_distributed(tensors[0]):
-        return op(*tensors, *sizes, *weights, noise, *attention, norm_eps, 0, is_tangent(projection))[0]
+        # By position: to parse two dozen names takes longer than to launch a kernel.
+        arguments = (*tensors, *sizes, *weights, noise, *attention, norm_eps, 0, is_tangent(projection))
+        return direct(*arguments) if _is_eager(tensors[0]) else op(*arguments)[0]
     names = (*_SIZE_NAMES, *_WEIGHT_NAMES, "noise", *_ATTENTION_NAMES, "norm_eps", "tangent")
     values = (*sizes, *weights, noise, *attention, norm_eps, is_tangent(projection))
     options = dict(zip(names, values, strict=True))
@@ -355,6 +363,15 @@ def _call(op: Callable[..., Any], tensors: Sequence[Any], options: dict[str, Any
 
         return call_on_shards(op, tensors, options)
     return op(*tensors, **options)
+
+
+def _is_eager(x: Tensor) -> bool:
+    """Whether nobody looks at the calls of functions on `x`: no compiler, no mode, no class of its own."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in _PLAIN_TENSORS
+        and not torch._C._is_torch_function_mode_enabled()
+    )
 
 
 def _is_distributed(x: Tensor) -> bool:

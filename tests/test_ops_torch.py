@@ -10,6 +10,7 @@ import torch
 from op_cases import DEVICES, FIXED, Case, gradients
 from torch import Tensor
 from torch.export import Dim
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eva_attn import functional
@@ -41,6 +42,18 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "eva_attn":
             self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class Watcher(TorchFunctionMode):
+    """Keeps the functions that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.functions.append(func)
         return func(*args, **(kwargs or {}))
 
 
@@ -301,3 +314,13 @@ def test_autocast_of_mixed_and_of_double(device: str) -> None:
         double = functional.eva_attention(query.double(), key.double(), value.double(), **options)
     assert mixed.dtype == torch.bfloat16
     assert double.dtype == torch.float64
+
+
+@pytest.mark.parametrize("op", ["eva_attention", "eva_attention_qkvpacked"])
+def test_modes_see_the_operators(op: str) -> None:
+    """Eager calls go past `torch.ops`, but not where somebody looks; the results are the same."""
+    call, _ = call_of(op, CASES["sequence"], op_cases.arguments(CASES["sequence"]))
+    expected = call()
+    with Watcher() as watcher:
+        assert torch.equal(call(), expected)
+    assert getattr(torch.ops.eva_attn, op).default in watcher.functions
