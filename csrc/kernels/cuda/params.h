@@ -88,8 +88,8 @@ struct SummaryParams {
     // backward, scratch of simt, for the key's and the query's projection: gradient of the Linear's output,
     // the LayerNorm's normalised input, gradient of A's output
     void* projection_rows = nullptr; // T [2, 3, B H C, D]
-    // ... and of mma, except for chunks of a few members: omega; grad_key_mean and grad_query_mean may
-    // overlie it, except beside "key-only"
+    // ... and of mma, where it takes three kernels: omega; grad_key_mean and grad_query_mean may overlie it,
+    // except beside "key-only"
     void* omega_rows = nullptr; // T [B H C, D]
 };
 

@@ -73,9 +73,25 @@ __host__ __device__ inline int count_projected(const SummaryParams& p) {
 }
 
 // The row that a chunk has in the landmark gradients' first pieces.
+__device__ inline int64_t landmark_row(const SummaryParams& p, const SummaryGradPlan& plan, int chunk,
+                                       int bh) {
+    return chunk + bh * (p.pieces * p.global_columns - plan.chunks);
+}
 __device__ inline int64_t landmark_row(const SummaryParams& p, const SummaryGradPlan& plan, int chunk) {
     const int64_t between = p.pieces * p.global_columns - plan.chunks; // two heads
     return between == 0 ? chunk : chunk + chunk / plan.chunks * between;
+}
+// Eight columns of such a row, of which the pieces are added up.
+__device__ inline Float8 load_pieces(const float* from, const SummaryParams& p) {
+    Float8 sum = load8(from);
+#pragma unroll 1
+    for (int piece = 1; piece < static_cast<int>(p.pieces); ++piece) {
+        from += p.global_columns * p.shape.head_dim;
+        const Float8 x = load8(from);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum.x[i] += x.x[i];
+    }
+    return sum;
 }
 
 // Adds the pieces of the landmark gradients to the first, four columns a thread.

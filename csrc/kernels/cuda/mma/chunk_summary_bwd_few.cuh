@@ -6,19 +6,6 @@
 
 namespace eva_attn::cuda::mma {
 
-// The sums over kLanes lanes side by side of four numbers each: lane i gets that of number i % 4.
-template <int kLanes>
-__device__ inline float lanes_sum(const float (&x)[4]) {
-    const auto keep_one = [](float even, float odd, int offset) {
-        const bool is_odd = threadIdx.x & offset;
-        return (is_odd ? odd : even) + __shfl_xor_sync(0xffffffffu, is_odd ? even : odd, offset);
-    };
-    float sum = keep_one(keep_one(x[0], x[1], 1), keep_one(x[2], x[3], 1), 2);
-#pragma unroll
-    for (int offset = 4; offset < kLanes; offset *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    return sum;
-}
-
 struct FewMembersGradTraits {
     static constexpr int kHeadDim = 64, kLanes = kHeadDim / 8;
     static constexpr int kMembers = 4;
@@ -103,22 +90,11 @@ __global__ void __launch_bounds__(FewMembersGradTraits::kThreads, FewMembersGrad
         copy_commit();
         return chunk;
     };
-    // A row of landmark gradients, whose pieces are added up.
-    const int64_t between = p.pieces * p.global_columns - plan.chunks; // the landmarks of two heads
     const auto gradient_row = [&](const void* pieces, int index, int bh) {
-        return static_cast<const float*>(pieces) + (index + bh * between) * head_dim + column;
+        return static_cast<const float*>(pieces) + landmark_row(p, plan, index, bh) * head_dim + column;
     };
     const auto load_gradient = [&](const void* pieces, int index, int bh) {
-        const float* from = gradient_row(pieces, index, bh);
-        Float8 sum = load8(from);
-#pragma unroll 1
-        for (int piece = 1; piece < static_cast<int>(p.pieces); ++piece) {
-            from += p.global_columns * head_dim;
-            const Float8 x = load8(from);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) sum.x[i] += x.x[i];
-        }
-        return sum;
+        return load_pieces(gradient_row(pieces, index, bh), p);
     };
 
     Chunk next = load(kRows * blockIdx.x + row);

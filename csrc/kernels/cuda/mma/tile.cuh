@@ -191,6 +191,19 @@ __device__ inline float lanes_sum(float x) {
     return x;
 }
 
+// Likewise of four numbers each: lane i gets that of number i % 4.
+template <int kLanes>
+__device__ inline float lanes_sum(const float (&x)[4]) {
+    const auto keep_one = [](float even, float odd, int offset) {
+        const bool is_odd = threadIdx.x & offset;
+        return (is_odd ? odd : even) + __shfl_xor_sync(0xffffffffu, is_odd ? even : odd, offset);
+    };
+    float sum = keep_one(keep_one(x[0], x[1], 1), keep_one(x[2], x[3], 1), 2);
+#pragma unroll
+    for (int offset = 4; offset < kLanes; offset *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    return sum;
+}
+
 // Over the four lanes that hold a row of an accumulator.
 __device__ inline float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
