@@ -1,5 +1,6 @@
-// Backward of the summaries of chunks of up to 64 members, in one kernel: two groups of lanes take a chunk,
-// each a projection and every other member, whose rows are under way while the projections are computed.
+// Backward of the summaries of chunks of any number of members, in one kernel: two groups of lanes take a
+// chunk, each a projection and every other member, whose rows are under way while the projections are
+// computed.
 #pragma once
 
 #include "kernels/cuda/mma/chunk_summary_bwd.cuh"
@@ -8,7 +9,7 @@ namespace eva_attn::cuda::mma {
 
 struct FusedGradTraits {
     static constexpr int kHeadDim = 64, kLanes = kHeadDim / 8;
-    static constexpr int kMaxMembers = 64;
+    static constexpr int kMaxMembers = 64; // where there are few chunks
     static constexpr int kThreads = 256, kRows = kThreads / (2 * kLanes), kCtasPerSm = 2;
     static constexpr int kParts = kHeadDim / 16;  // of a product, each a warp's
     static constexpr int kUnroll = 2, kSlots = 3; // members of a group that are taken together
@@ -250,13 +251,6 @@ __global__ void __launch_bounds__(FusedGradTraits::kThreads, FusedGradTraits::kC
             store_row(branch ? p.grad_query_mean : p.grad_key_mean, scaled);
         }
         next = next_chunk(index + step);
-        if (index + step < plan.total && inside) {
-            prefetch(
-                gradient_row(branch ? p.grad_landmark_key : p.grad_landmark_value, index + step, next.bh));
-            const int64_t next_at = at + int64_t{step} * head_dim;
-            if (has_mean) prefetch(saved_mean + next_at);
-            if (p.noise) prefetch(static_cast<const float*>(p.noise) + next_at);
-        }
         if (projected == 0) continue;
         if (norm)
             norm_gradient.add(grad, grads.load_floats(row, column),
@@ -288,18 +282,24 @@ __global__ void __launch_bounds__(FusedGradTraits::kThreads, FusedGradTraits::kC
         out + (head_dim + 1) * head_dim, reinterpret_cast<float*>(shared.mean), head_dim, projected, size);
 }
 
+inline int64_t count_fused_tiles(const SummaryParams& p) {
+    return detail::ceil_div(p.shape.batch * p.shape.heads * p.shape.geometry.num_chunks(),
+                            FusedGradTraits::kRows);
+}
+
+// Few chunks of many members are better shared out by members.
 inline bool has_fused_gradient(const SummaryParams& p) {
     const Geometry& g = p.shape.geometry;
     return p.shape.head_dim <= FusedGradTraits::kHeadDim &&
-           g.chunk_height * g.chunk_width <= FusedGradTraits::kMaxMembers &&
+           (g.chunk_height * g.chunk_width <= FusedGradTraits::kMaxMembers || count_fused_tiles(p) >= 132) &&
            (!p.has_query_projection || !p.key_projection.norm_weight == !p.query_projection.norm_weight);
 }
 
-// How many blocks take turns on the chunks: what fills the GPUs of the day, by the shape alone.
+// How many blocks take turns on the chunks: the fewest that end as soon as what fills the GPUs of the day, by
+// the shape alone.
 inline int64_t count_fused_blocks(const SummaryParams& p) {
-    using Traits = FusedGradTraits;
-    const int64_t total = p.shape.batch * p.shape.heads * p.shape.geometry.num_chunks();
-    return detail::max(1, detail::min(132 * Traits::kCtasPerSm, detail::ceil_div(total, Traits::kRows)));
+    const int64_t tiles = detail::max(1, count_fused_tiles(p));
+    return detail::ceil_div(tiles, detail::ceil_div(tiles, 132 * FusedGradTraits::kCtasPerSm));
 }
 
 template <class S>
