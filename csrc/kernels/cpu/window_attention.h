@@ -2,9 +2,9 @@
 // instruction set, behind chunk_summary.h.
 //
 // Columns of the score tile: landmarks, then prefix keys ("global" columns, the same for every window of a
-// head), then the keys of one window. A tile of queries starts from `init` (biases, -inf where hidden), to
-// which the matrix product adds scale * q.k; columns behind the last one are -inf, so that their weights are
-// 0.
+// head), then the keys of one window. A tile of queries starts from `init` (biases, -inf where hidden from
+// all), to which the matrix product adds scale * q.k; columns behind the last one are -inf, so that their
+// weights are 0. What is hidden from some queries only, as it lies ahead of them, is seen to row by row.
 
 constexpr int64_t kTileElements = 16384; // of the score tile: 64 KB of floats, a fraction of L2
 constexpr int64_t kCausalTileRows = 32;  // fewer see less of what is hidden from the first of them
@@ -279,13 +279,15 @@ class WindowAttention : AttentionTile<S, T> {
                 const int64_t columns = globals + count_visible(i, rows);
                 build_init(g.window_box(window), g.key_box(window), i, rows);
                 product<T>(rows, columns, head_dim, query, ld, 1, key_t, ld_score, score, ld_score, init,
-                           ld_score);
+                           ld_init);
                 for (int64_t r = 0; r < rows; ++r) {
                     if (tokens * head_dim * static_cast<int64_t>(sizeof(S)) <= kCachedBytes)
                         prefetch_like({&p.query, &p.key, &p.value}, current_bh + 1, window, i + r);
                     else
                         prefetch_next_window({&p.query, &p.key, &p.value}, window, i + r);
-                    softmax_row(list[r], r, columns);
+                    const int64_t seen = hide_future(i, r, columns);
+                    softmax_row(list[r], r, seen);
+                    zero_columns(score + r * ld_score, seen, columns);
                 }
                 T* const out = query; // of no use any more
                 product<T>(rows, head_dim, columns, score, ld_score, 1, value_rows, ld, out, ld, nullptr, 0);
@@ -453,22 +455,34 @@ class WindowAttention : AttentionTile<S, T> {
 
     // How many of the keys the queries [first, first + rows) see: those up to the last one's own, if causal.
     int64_t count_visible(int64_t first, int64_t rows) const {
-        if (!g.is_causal) return keys.size;
+        if (!g.is_causal || keys.size == 0) return keys.size;
         const int32_t last_query = queries.token[first + rows - 1];
-        int64_t count = 0, end = keys.size;
-        while (count < end) {
-            const int64_t middle = (count + end) / 2;
-            if (keys.token[middle] <= last_query)
-                count = middle + 1;
-            else
-                end = middle;
-        }
+        int64_t count = detail::min(keys.size, detail::max(last_query - keys.token[0] + 1, 0));
+        while (count > 0 && keys.token[count - 1] > last_query) --count; // as padding is not listed
         return count;
+    }
+
+    // Hides from row r of the tile from query `first` on what comes later; how many of the columns are left
+    // for it.
+    int64_t hide_future(int64_t first, int64_t r, int64_t columns) {
+        if (!g.is_causal) return columns;
+        T* const s = score + r * ld_score;
+        for (int64_t c = queries.token[first + r] / g.chunk_width; c < globals; ++c) s[c] = -infinity<T>();
+        const int64_t seen = globals + count_visible(first + r, 1);
+        store(s + seen, splat(-infinity<T>()));
+        return seen;
+    }
+    // Weights of 0 for the columns behind the whole vectors that hold the first `seen`.
+    static void zero_columns(T* weights, int64_t seen, int64_t columns) {
+        for (int64_t j = whole_vectors<T>(seen); j < columns; j += kWidth<T>) store(weights + j, Vec<T>{});
     }
 
     // What the scores of queries [first, first + rows) of a window start from, with the keys of a box. Boxes
     // of the same shape share it.
     void build_init(const Box& window, const Box& box, int64_t first, int64_t rows) {
+        // Without biases of their own, all queries start from one row.
+        const int64_t rows_of_init = bias ? rows : 1;
+        ld_init = bias ? ld_score : 0;
         if (!p.key_padding_mask && !p.exclude_window_landmarks && !g.is_causal && rows == queries.size) {
             const InitShape shape{window.height(), window.width(),     box.height(),
                                   box.width(),     window.y0 - box.y0, window.x0 - box.x0};
@@ -478,17 +492,13 @@ class WindowAttention : AttentionTile<S, T> {
             init_shape = {};
         }
         const int64_t center = (g.bias_height / 2) * g.bias_width + g.bias_width / 2;
-        const int64_t columns = globals + count_visible(first, rows);
-        const int64_t end = whole_vectors<T>(whole_vectors<T>(columns) - globals);
-        for (int64_t r = 0; r < rows; ++r) {
+        const int64_t visible = count_visible(first, rows);
+        const int64_t end = whole_vectors<T>(whole_vectors<T>(globals + visible) - globals);
+        for (int64_t r = 0; r < rows_of_init; ++r) {
             T* target = init + r * ld_score;
-            const int32_t token = queries.token[first + r];
             for (int64_t c = 0; c < globals; ++c) target[c] = global_row[c];
-            if (g.is_causal)
-                for (int64_t c = token / g.chunk_width; c < globals; ++c) target[c] = -infinity<T>();
             target += globals;
             const T* const entry = bias ? bias + center - queries.place[first + r] : nullptr;
-            const int64_t visible = count_visible(first + r, 1);
             if (entry)
                 keys.for_places(visible, [=](int64_t j, int64_t place) { target[j] = entry[place]; });
             else
@@ -519,23 +529,26 @@ class WindowAttention : AttentionTile<S, T> {
         Tile::drop(s, token, column_token, columns);
     }
 
-    // Scores of columns [first, first + count), which are `whole` rows or not, and their gradients; beside
-    // each row, prefetch(row).
+    // Scores of the queries from number i on and columns [first, first + count), which are `whole` rows or
+    // not, and their gradients; beside each row, prefetch(row).
     template <class Prefetch>
-    void backward_scores(const int32_t* list, int64_t rows, int64_t first, int64_t count, bool whole,
+    void backward_scores(int64_t i, int64_t rows, int64_t first, int64_t count, bool whole,
                          Prefetch prefetch) {
         product<T>(rows, count, head_dim, query, ld, 1, key_t + first, ld_score, score + first, ld_score,
-                   init + first, ld_score);
+                   init + first, ld_init);
         product<T>(rows, count, head_dim, grad_out, ld, 1, value_t + first, ld_score, grad_score + first,
                    ld_score, nullptr, 0);
         for (int64_t r = 0; r < rows; ++r) {
             prefetch(r);
-            Tile::backward_row(score + r * ld_score + first, grad_score + r * ld_score + first, list[r], r,
-                               column_token + first, count, whole);
+            const int64_t seen = hide_future(i, r, first + count) - first;
+            T *const s = score + r * ld_score + first, *const ds = grad_score + r * ld_score + first;
+            Tile::backward_row(s, ds, queries.token[i + r], r, column_token + first, seen, whole);
+            zero_columns(s, seen, count);
+            zero_columns(ds, seen, count);
         }
     }
-    void backward_scores(const int32_t* list, int64_t rows, int64_t first, int64_t count) {
-        backward_scores(list, rows, first, count, false, [](int64_t) {});
+    void backward_scores(int64_t i, int64_t rows, int64_t first, int64_t count) {
+        backward_scores(i, rows, first, count, false, [](int64_t) {});
     }
 
     // The tile's share of the gradients of keys and values of columns [first, first + count): added to what
@@ -564,7 +577,7 @@ class WindowAttention : AttentionTile<S, T> {
         for_queries(true, [&](int64_t i, int64_t rows) {
             build_init(g.window_box(window), g.key_box(window), i, rows);
             const int64_t visible = count_visible(i, rows), columns = globals + visible;
-            backward_scores(queries.token + i, rows, 0, columns, true, [&](int64_t r) {
+            backward_scores(i, rows, 0, columns, true, [&](int64_t r) {
                 prefetch_next_window({&p.query, &p.key, &p.value, &p.grad_output}, window, i + r);
             });
             key_gradients(rows, 0, globals, grad_global_key, grad_global_value, padded(head_dim), true);
@@ -613,7 +626,7 @@ class WindowAttention : AttentionTile<S, T> {
                 for_queries(false, [&](int64_t i, int64_t rows) {
                     build_init(g.window_box(other), seen, i, rows);
                     const int64_t visible = count_visible(i, rows);
-                    backward_scores(queries.token + i, rows, globals, visible);
+                    backward_scores(i, rows, globals, visible);
                     add_own_gradients(i, rows, visible, grad_seen_key, grad_seen_value);
                 });
                 for (int64_t j = 0, at = 0; j < keys.size; ++j) {
@@ -633,12 +646,12 @@ class WindowAttention : AttentionTile<S, T> {
                 if (!is_padded(i)) queries.token[queries.size++] = static_cast<int32_t>(i);
             for_queries(false, [&](int64_t i, int64_t rows) {
                 init_shape = {};
-                for (int64_t r = 0; r < rows; ++r)
-                    for (int64_t j = first; j < ld_score; ++j) {
-                        const bool visible = j < first + count && !is_padded(column_token[j]);
-                        init[r * ld_score + j] = visible ? T(0) : -infinity<T>();
-                    }
-                backward_scores(queries.token + i, rows, first, count);
+                ld_init = 0;
+                for (int64_t j = first; j < ld_score; ++j) {
+                    const bool visible = j < first + count && !is_padded(column_token[j]);
+                    init[j] = visible ? T(0) : -infinity<T>();
+                }
+                backward_scores(i, rows, first, count);
                 key_gradients(rows, first, count, key, value, ld_out, true);
             });
         }
@@ -662,6 +675,7 @@ class WindowAttention : AttentionTile<S, T> {
     int64_t globals;          // columns before the window's keys: what all its queries may see
     int64_t loaded_landmarks; // in the first columns
     int64_t ld_score, tile_rows;
+    int64_t ld_init = 0; // 0: one row for all queries
     int64_t first_window = 0, last_window = 0;
     const T* bias = nullptr;                // [bias_height, bias_width]
     T *key_t, *value_t;                     // [head_dim, ld_score]
