@@ -45,6 +45,7 @@ Summary::Summary(const Call& call, const Geometry& geometry, const Tensor& key_m
           .pieces = 0,
           .piece_stride = 0,
           .head_piece_stride = 0,
+          .blocks_per_piece = 1,
           .omega = nullptr,
           .grad_beta = nullptr,
           .grad_key_mean = nullptr,
@@ -65,7 +66,7 @@ Stage Summary::forward(const Tensor& landmark_key, const Tensor& landmark_value)
 }
 
 Stage Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landmark_value,
-                        const Tensor& grad_landmark_entropy) {
+                        const Tensor& grad_landmark_entropy, int64_t blocks_per_piece) {
     const Shape& shape = params_.shape;
     const int64_t heads = grad_landmark_key.size(0), num_rows = heads * shape.geometry.num_chunks();
     const int64_t width = padded(shape.head_dim);
@@ -87,6 +88,7 @@ Stage Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_land
     if (params_.tangent) params_.grad_landmark_entropy = data(grad_landmark_entropy);
     params_.pieces = grad_landmark_key.size(1);
     params_.piece_stride = grad_landmark_key.size(2) * width;
+    params_.blocks_per_piece = blocks_per_piece;
     params_.head_piece_stride = params_.pieces * params_.piece_stride;
     params_.omega = data(omega_);
     params_.grad_beta = data(grad_beta_);
@@ -100,7 +102,6 @@ Stage Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_land
 }
 
 Stage Summary::add_to_tokens(const Tensor& grad_query, const Tensor& grad_key, const Tensor& grad_value) {
-    const Geometry& geometry = params_.shape.geometry;
     terms_ = TermsParams{
         .shape = params_.shape,
         .first_head = params_.first_head,
@@ -116,8 +117,8 @@ Stage Summary::add_to_tokens(const Tensor& grad_query, const Tensor& grad_key, c
         .grad_key = rows(grad_key),
         .grad_value = rows(grad_value),
     };
-    return stage(kernels_.chunk_terms, terms_,
-                 detail::ceil_div(geometry.grid_height * geometry.grid_width, kTokensPerTask),
+    const Blocks blocks(params_.shape.geometry);
+    return stage(kernels_.chunk_terms, terms_, blocks.count * terms_tasks(blocks),
                  kernels_.terms_scratch(terms_));
 }
 
@@ -168,8 +169,10 @@ namespace {
 
 void forward(const Call& call, const Tensors<5>& outputs) {
     const auto& [landmark_key, landmark_value, key_mean, query_mean, landmark_entropy] = outputs;
-    Summary summary(call, concrete(call.geometry), key_mean, query_mean, landmark_entropy);
-    run({summary.forward(landmark_key, landmark_value)}, call.query.size(0) * call.query.size(1));
+    const Geometry geometry = concrete(call.geometry);
+    Summary summary(call, geometry, key_mean, query_mean, landmark_entropy);
+    run({summary.forward(landmark_key, landmark_value)}, call.query.size(0) * call.query.size(1),
+        Blocks(geometry).count, Direction::kForward);
 }
 
 void backward(const Call& call, const OptionalTensor& grad_landmark_key,
@@ -192,9 +195,10 @@ void backward(const Call& call, const OptionalTensor& grad_landmark_key,
     const Tensor entropy_terms =
         grad_landmark_entropy ? grad_landmark_entropy->contiguous() : at::zeros_like(landmark_entropy);
     for (const Tensor& gradient : {grad_query, grad_key, grad_value}) gradient.zero_();
-    run({summary.backward(landmark_key_terms, landmark_value_terms, entropy_terms),
+    const int64_t blocks = Blocks(geometry).count;
+    run({summary.backward(landmark_key_terms, landmark_value_terms, entropy_terms, blocks),
          summary.add_to_tokens(grad_query, grad_key, grad_value)},
-        heads);
+        heads, blocks, Direction::kBackward);
     summary.add_to_weights(heads);
     summary.weight_gradients({w0, w1, w2, w3, w4, w5, w6, w7});
 }

@@ -14,7 +14,7 @@ class Summary {
     // Landmark gradients [heads, pieces, at least C, padded D], of `heads` of all B H at once, and those of
     // tangents' entropies [heads, pieces, C].
     Stage backward(const Tensor& grad_landmark_key, const Tensor& grad_landmark_value,
-                   const Tensor& grad_landmark_entropy);
+                   const Tensor& grad_landmark_entropy, int64_t blocks_per_piece);
     // After it: adds what the tokens' gradients get from their chunks'.
     Stage add_to_tokens(const Tensor& grad_query, const Tensor& grad_key, const Tensor& grad_value);
     void start_at(int64_t first_head) { params_.first_head = terms_.first_head = first_head; }
@@ -24,7 +24,8 @@ class Summary {
 
   private:
     int64_t tasks_per_head() const {
-        return detail::ceil_div(params_.shape.geometry.num_chunks(), kChunksPerTask);
+        const Blocks blocks(params_.shape.geometry);
+        return blocks.count * summary_tasks(blocks);
     }
     void add_to_weight(const Tensor& grad_weight, const Tensor& grad_linear, const Tensor& mean,
                        int64_t heads) const;

@@ -17,7 +17,7 @@ void forward(const Call& call, const Tensors<7>& outputs) {
     const Attention attention(call, geometry, landmark_key, landmark_value, entropy, output, logsumexp);
     std::vector<Stage> stages{summary.forward(landmark_key, landmark_value)};
     attention.forward(stages);
-    run(stages, call.query.size(0) * call.query.size(1));
+    run(stages, call.query.size(0) * call.query.size(1), attention.blocks(), Direction::kForward);
 }
 
 void backward(const Call& call, const Tensor& grad_output, const Tensors<7>& outputs,
@@ -34,13 +34,13 @@ void backward(const Call& call, const Tensor& grad_output, const Tensors<7>& out
     const int64_t heads = call.query.size(0) * call.query.size(1), at_once = heads_at_once(heads);
     attention.backward(stages, grad_output, grad_query, grad_key, grad_value, at_once);
     stages.push_back(summary.backward(attention.grad_global_key(), attention.grad_global_value(),
-                                      attention.grad_landmark_entropy()));
+                                      attention.grad_landmark_entropy(), attention.blocks_per_piece()));
     stages.push_back(summary.add_to_tokens(grad_query, grad_key, grad_value));
     for (int64_t first = 0; first < heads; first += at_once) {
         const int64_t count = std::min(at_once, heads - first);
         attention.start_at(first);
         summary.start_at(first);
-        run(stages, count);
+        run(stages, count, attention.blocks(), Direction::kBackward);
         summary.add_to_weights(count);
     }
     summary.weight_gradients({w0, w1, w2, w3, w4, w5, w6, w7});

@@ -100,24 +100,46 @@ Tensor sum_in_order(const Tensor& terms) {
     return sum;
 }
 
-void run(const std::vector<Stage>& stages, int64_t heads) {
+void run(const std::vector<Stage>& stages, int64_t heads, int64_t blocks, Direction direction) {
     const int64_t threads = at::get_num_threads();
+    const auto allocate = [](size_t size) { return c10::GetCPUAllocator()->allocate(size); };
     if (heads % threads == 0 || heads >= 4 * threads) { // even shares, or nearly
         size_t size = 0;
         for (const Stage& stage : stages) size = std::max(size, stage.scratch);
         at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
-            const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(size);
-            for (int64_t head = begin; head < end; ++head)
-                for (const auto& [kernel, tasks, _] : stages)
-                    kernel(head * tasks, (head + 1) * tasks, static_cast<char*>(scratch.get()));
+            const c10::DataPtr scratch = allocate(size);
+            const int64_t steps = (end - begin) * blocks;
+            for (int64_t step = 0; step < steps; ++step) {
+                const auto first_task = [&](const Stage& stage, int64_t step) {
+                    const int64_t head = begin + step % (end - begin), nth = step / (end - begin);
+                    const int64_t block = direction == Direction::kForward ? nth : blocks - 1 - nth;
+                    return (head * blocks + block) * (stage.tasks_per_head / blocks);
+                };
+                for (const Stage& stage : stages) {
+                    const int64_t first = first_task(stage, step);
+                    stage.kernel(first, first + stage.tasks_per_head / blocks,
+                                 step + 1 < steps ? first_task(stage, step + 1) : -1,
+                                 static_cast<char*>(scratch.get()));
+                }
+            }
         });
         return;
     }
-    for (const Stage& stage : stages)
-        at::parallel_for(0, heads * stage.tasks_per_head, 1, [&](int64_t begin, int64_t end) {
-            const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(stage.scratch);
-            stage.kernel(begin, end, static_cast<char*>(scratch.get()));
+    for (const Stage& stage : stages) {
+        const int64_t turns = detail::ceil_div(stage.tasks_per_head, stage.in_turn);
+        at::parallel_for(0, heads * turns, 1, [&](int64_t begin, int64_t end) {
+            const c10::DataPtr scratch = allocate(stage.scratch);
+            if (stage.in_turn == 1) return stage.kernel(begin, end, -1, static_cast<char*>(scratch.get()));
+            for (int64_t i = begin; i < end; ++i) {
+                const int64_t head = i / turns, first = i % turns * stage.in_turn;
+                const int64_t last = std::min(first + stage.in_turn, stage.tasks_per_head) - 1;
+                for (int64_t task = last; task >= first; --task) {
+                    const int64_t at = head * stage.tasks_per_head + task;
+                    stage.kernel(at, at + 1, task > first ? at - 1 : -1, static_cast<char*>(scratch.get()));
+                }
+            }
         });
+    }
 }
 
 int64_t heads_at_once(int64_t heads) { return std::min<int64_t>(heads, 8 * at::get_num_threads()); }

@@ -13,8 +13,12 @@ namespace {
 constexpr int64_t kTasks = 8;
 
 int64_t count_pieces(const Shape& shape) {
-    const int64_t wanted = detail::ceil_div(kTasks, std::max<int64_t>(shape.batch * shape.heads, 1));
-    return std::max<int64_t>(std::min(wanted, shape.geometry.num_windows()), 1);
+    return detail::ceil_div(kTasks, std::max<int64_t>(shape.batch * shape.heads, 1));
+}
+
+// How many shares of at most `size` something falls into, one at least.
+int64_t shares_of(int64_t total, int64_t size) {
+    return std::max<int64_t>(detail::ceil_div(total, std::max<int64_t>(size, 1)), 1);
 }
 
 } // namespace
@@ -31,6 +35,11 @@ Attention::Attention(const Call& call, const Geometry& geometry, const OptionalT
       mask_(contiguous(call.key_padding_mask, at::kBool)), output_(output),
       logsumexp_(logsumexp.contiguous()) {
     const Shape shape = shape_of(call, geometry);
+    const Blocks blocks(geometry);
+    const int64_t wanted = count_pieces(shape), windows = geometry.num_windows();
+    const int64_t windows_per_task = blocks.count > 1 ? blocks.windows : detail::ceil_div(windows, wanted);
+    const int64_t tasks = shares_of(windows, windows_per_task);
+    const int64_t tasks_per_piece = blocks.count > 1 ? detail::ceil_div(tasks, wanted) : 1;
     if (landmark_key) extents_ = chunk_extents(shape, mask_);
     Dropout dropout = dropout_of(call.attention);
     if (dropout.threshold)
@@ -55,7 +64,10 @@ Attention::Attention(const Call& call, const Geometry& geometry, const OptionalT
         .exclude_window_landmarks = call.attention.exclude_window_landmarks,
         .dropout = dropout,
         .scale = scale_of(call),
-        .pieces = count_pieces(shape),
+        .tasks = tasks,
+        .windows_per_task = windows_per_task,
+        .tasks_per_piece = tasks_per_piece,
+        .pieces = shares_of(tasks, tasks_per_piece),
         .output = rows(output_),
         .logsumexp = data(logsumexp_),
         .grad_output = {},
@@ -70,7 +82,7 @@ Attention::Attention(const Call& call, const Geometry& geometry, const OptionalT
 }
 
 void Attention::forward(std::vector<Stage>& stages) const {
-    stages.push_back(stage(kernels_.window_attention_fwd, params_, params_.pieces,
+    stages.push_back(stage(kernels_.window_attention_fwd, params_, params_.tasks,
                            kernels_.attention_scratch(params_, false)));
     if (params_.shape.geometry.num_prefix_tokens > 0)
         stages.push_back(
@@ -99,8 +111,8 @@ void Attention::backward(std::vector<Stage>& stages, const Tensor& grad_output, 
     params_.grad_global_value = data(grad_global_value_);
     params_.grad_landmark_entropy = data(grad_landmark_entropy_);
     params_.grad_relative_bias = data(bias_terms_);
-    stages.push_back(stage(kernels_.window_attention_bwd, params_, params_.pieces,
-                           kernels_.attention_scratch(params_, true)));
+    stages.push_back(stage(kernels_.window_attention_bwd, params_, params_.tasks,
+                           kernels_.attention_scratch(params_, true), params_.tasks_per_piece));
     if (geometry.num_prefix_tokens > 0)
         stages.push_back(
             stage(kernels_.prefix_attention_bwd, params_, 1, kernels_.prefix_scratch(params_, true)));
@@ -121,7 +133,7 @@ void forward(const Call& call, const Tensors<2>& outputs) {
                               call.attention.landmark_entropy, output, logsumexp);
     std::vector<Stage> stages;
     attention.forward(stages);
-    run(stages, call.query.size(0) * call.query.size(1));
+    run(stages, call.query.size(0) * call.query.size(1), attention.blocks(), Direction::kForward);
 }
 
 void backward(const Call& call, const Tensor& grad_output, const Tensors<2>& outputs,
@@ -135,7 +147,7 @@ void backward(const Call& call, const Tensor& grad_output, const Tensors<2>& out
     std::vector<Stage> stages;
     const int64_t heads = call.query.size(0) * call.query.size(1);
     attention.backward(stages, grad_output, grad_query, grad_key, grad_value, heads);
-    run(stages, heads);
+    run(stages, heads, attention.blocks(), Direction::kBackward);
     attention.relative_bias_gradient(grad_relative_bias);
 
     const auto sum_pieces = [&](const Tensor& terms, const Tensor& gradient) {

@@ -16,6 +16,8 @@ class Attention {
     // Gradients of the tokens, and of landmarks and prefix keys, of `heads` of all B H at once:
     void backward(std::vector<Stage>& stages, const Tensor& grad_output, const Tensor& grad_query,
                   const Tensor& grad_key, const Tensor& grad_value, int64_t heads);
+    int64_t blocks() const { return Blocks(params_.shape.geometry).count; }
+    int64_t blocks_per_piece() const { return params_.tasks_per_piece; }
     void start_at(int64_t first_head) { params_.first_head = first_head; }
     // [heads, pieces, C + P, padded D], the landmarks' rows first.
     const Tensor& grad_global_key() const { return grad_global_key_; }

@@ -132,18 +132,22 @@ inline void make_omega(const SummaryParams& p, bool has_mu, int64_t chunk_index,
 struct ChunkGroup {
     int64_t batch, head, first, count;
     int64_t local_head; // counted from first_head
+    int64_t block, end; // and where its chunks end
     int64_t index;      // of the first chunk among all B H C
     int64_t local;      // the same from first_head on
 
     ChunkGroup(const Shape& shape, int64_t first_head, int64_t task) {
         const int64_t chunks = shape.geometry.num_chunks();
-        const int64_t groups = detail::ceil_div(chunks, kChunksPerTask);
-        local_head = task / groups;
+        const Blocks blocks(shape.geometry);
+        const int64_t groups = summary_tasks(blocks);
+        local_head = task / groups / blocks.count;
+        block = task / groups % blocks.count;
         const int64_t bh = first_head + local_head;
         batch = bh / shape.heads;
         head = bh % shape.heads;
-        first = task % groups * kChunksPerTask;
-        count = detail::min(kChunksPerTask, chunks - first);
+        end = detail::min((block + 1) * blocks.chunks, chunks);
+        first = detail::min(block * blocks.chunks + task % groups * kChunksPerTask, end);
+        count = detail::min(kChunksPerTask, end - first);
         index = bh * chunks + first;
         local = local_head * chunks + first;
     }
@@ -152,7 +156,7 @@ struct ChunkGroup {
     // one.
     Box ahead(const Geometry& g, int64_t i) const {
         const int64_t chunk = first + i + detail::ceil_div(8, g.chunk_height * g.chunk_width);
-        return chunk < g.num_chunks() ? g.chunk_box(chunk) : Box{0, 0, 0, 0};
+        return chunk < end ? g.chunk_box(chunk) : Box{0, 0, 0, 0};
     }
 };
 
@@ -323,7 +327,7 @@ void chunk_summary_bwd(const SummaryParams& p, int64_t begin, int64_t end, char*
             const Box ahead = group.ahead(g, i);
             T* grad_beta = rows_of(p.grad_beta, group.local + i);
             zero(grad_beta, ld);
-            for (int64_t piece = 0; piece < p.pieces; ++piece) {
+            for (int64_t piece = group.block / p.blocks_per_piece; piece < p.pieces; ++piece) {
                 const int64_t at =
                     group.local_head * p.head_piece_stride + piece * p.piece_stride + (group.first + i) * ld;
                 add_scaled(grad_key + i * ld, T(1), static_cast<const T*>(p.grad_landmark_key) + at,
@@ -336,7 +340,7 @@ void chunk_summary_bwd(const SummaryParams& p, int64_t begin, int64_t end, char*
             s.divisor[i] = mean_divisor<T>(p, s.members.size);
             chunk_weights<S, T>(p, group, s, omega);
             double grad_entropy = 0;
-            for (int64_t piece = 0; p.tangent && piece < p.pieces; ++piece)
+            for (int64_t piece = group.block / p.blocks_per_piece; p.tangent && piece < p.pieces; ++piece)
                 grad_entropy += static_cast<const T*>(
                     p.grad_landmark_entropy)[(group.local_head * p.pieces + piece) * g.num_chunks() +
                                              group.first + i];
@@ -395,15 +399,17 @@ template <class S, class T>
 void chunk_terms(const TermsParams& p, int64_t begin, int64_t end, char* scratch) {
     const Geometry& g = p.shape.geometry;
     const int64_t head_dim = p.shape.head_dim, ld = padded(head_dim), size = chunk_size(g);
-    const int64_t positions = g.grid_height * g.grid_width;
-    const int64_t tasks = detail::ceil_div(positions, kTokensPerTask);
+    const Blocks blocks(g);
+    const int64_t tasks = terms_tasks(blocks);
     T* const key_row = reinterpret_cast<T*>(scratch);
     T *const grad_query = key_row + ld, *const grad_key = grad_query + ld, *const grad_value = grad_key + ld;
     for (int64_t task = begin; task < end; ++task) {
-        const int64_t local_head = task / tasks, bh = p.first_head + local_head;
+        const int64_t local_head = task / tasks / blocks.count, bh = p.first_head + local_head;
+        const int64_t block = task / tasks % blocks.count;
         const int64_t batch = bh / p.shape.heads, head = bh % p.shape.heads;
-        const int64_t first = task % tasks * kTokensPerTask;
-        for (int64_t i = first; i < detail::min(first + kTokensPerTask, positions); ++i) {
+        const int64_t end = detail::min((block + 1) * blocks.tokens, g.grid_height * g.grid_width);
+        const int64_t first = block * blocks.tokens + task % tasks * kTokensPerTask;
+        for (int64_t i = first; i < detail::min(first + kTokensPerTask, end); ++i) {
             const int64_t y = i / g.grid_width, x = i % g.grid_width, token = g.token(y, x);
             if (const int64_t ahead = x + 8; ahead < g.grid_width)
                 prefetch_token<S>({&p.key, &p.grad_query, &p.grad_key, &p.grad_value}, batch, head,

@@ -47,6 +47,7 @@ struct SummaryParams {
     const void* grad_landmark_value;   // T [heads, pieces, C, padded D]
     const void* grad_landmark_entropy; // T [heads, pieces, C], of tangents
     int64_t pieces, piece_stride, head_piece_stride;
+    int64_t blocks_per_piece; // pieces before that of a chunk's own block have nothing for it
     // out: what each member token needs of its chunk
     void* omega;           // T [heads C, padded D]
     void* grad_beta;       // T [heads C, padded D]
@@ -65,8 +66,28 @@ inline int64_t chunk_size(const Geometry& g) {
            detail::min(g.chunk_width + 2 * g.chunk_overlap_x, g.grid_width);
 }
 
-// Chunks of one task of the summaries.
+// Causal attention goes through its sequences in blocks of whole windows: a block's summaries and attention
+// follow one another while its tokens are in cache, and all heads, whose rows share pages, pass through it
+// before the next one. All else is one block.
+struct Blocks {
+    int64_t count, windows, chunks, tokens; // but for the first number: of one block
+
+    explicit Blocks(const Geometry& g)
+        : count(1), windows(g.num_windows()), chunks(g.num_chunks()), tokens(g.grid_height * g.grid_width) {
+        if (!g.is_causal || g.window_width % g.chunk_width != 0) return;
+        constexpr int64_t kTokens = 128; // of two heads, in backward, a fraction of L2
+        const int64_t positions = tokens;
+        windows = detail::max(kTokens / g.window_width, 1);
+        tokens = windows * g.window_width;
+        chunks = tokens / g.chunk_width;
+        count = detail::max(detail::ceil_div(positions, tokens), 1);
+    }
+};
+
+// Most chunks of one task of the summaries.
 constexpr int64_t kChunksPerTask = 32;
+// Of each block.
+inline int64_t summary_tasks(const Blocks& blocks) { return detail::ceil_div(blocks.chunks, kChunksPerTask); }
 
 struct AttentionParams {
     Shape shape;
@@ -84,9 +105,12 @@ struct AttentionParams {
     bool exclude_window_landmarks;
     Dropout dropout;
     double scale;
-    int64_t pieces;  // tasks per (batch, head)
-    Rows output;     // forward: out; backward: in
-    void* logsumexp; // T [B, H, N]; forward: out; backward: in
+    int64_t tasks;            // per (batch, head); where there are blocks, one each
+    int64_t windows_per_task; // fewer in the last one
+    int64_t tasks_per_piece;  // backward takes those of a piece in turn, the last one first
+    int64_t pieces;           // per (batch, head)
+    Rows output;              // forward: out; backward: in
+    void* logsumexp;          // T [B, H, N]; forward: out; backward: in
     // backward
     Rows grad_output;                      // in
     Rows grad_query, grad_key, grad_value; // out
@@ -112,6 +136,8 @@ struct TermsParams {
 };
 
 constexpr int64_t kTokensPerTask = 256;
+// Of each block.
+inline int64_t terms_tasks(const Blocks& blocks) { return detail::ceil_div(blocks.tokens, kTokensPerTask); }
 
 // weight gradient[m, n] += sum_k linear[k, m] mean[k, n]
 struct WeightGradParams {
@@ -158,8 +184,11 @@ struct Kernels {
     size_t (*terms_scratch)(const TermsParams&);
     void (*weight_grad)(const WeightGradParams&, int64_t begin, int64_t end);
     size_t (*attention_scratch)(const AttentionParams&, bool backward);
-    void (*window_attention_fwd)(const AttentionParams&, int64_t begin, int64_t end, char* scratch);
-    void (*window_attention_bwd)(const AttentionParams&, int64_t begin, int64_t end, char* scratch);
+    // `next`: the task that follows, or -1
+    void (*window_attention_fwd)(const AttentionParams&, int64_t begin, int64_t end, int64_t next,
+                                 char* scratch);
+    void (*window_attention_bwd)(const AttentionParams&, int64_t begin, int64_t end, int64_t next,
+                                 char* scratch);
     size_t (*prefix_scratch)(const AttentionParams&, bool backward);
     void (*prefix_attention_fwd)(const AttentionParams&, int64_t begin, int64_t end, char* scratch);
     void (*prefix_attention_bwd)(const AttentionParams&, int64_t begin, int64_t end, char* scratch);

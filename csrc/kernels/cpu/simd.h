@@ -191,14 +191,15 @@ inline void product_tile(int64_t depth, const T* a, int64_t a_m, int64_t a_k, co
         for (int n = 0; n < Columns; ++n) store(c + m * ldc + n * kWidth<T>, accumulator[m][n]);
 }
 
-template <class T, int Columns>
+template <class T, int Columns, class Beside>
 inline void product_rows(int64_t rows, int64_t depth, const T* a, int64_t a_m, int64_t a_k, const T* b,
-                         int64_t ldb, T* c, int64_t ldc, const T* init, int64_t ldi) {
+                         int64_t ldb, T* c, int64_t ldc, const T* init, int64_t ldi, Beside beside) {
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     int64_t m = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t size = (rows - m + (tiles - tile) - 1) / (tiles - tile); // even shares
         const T* start = init ? init + m * ldi : nullptr;
+        beside();
         const auto run = [&]<int Rows>() {
             product_tile<T, Rows, Columns>(depth, a + m * a_m, a_m, a_k, b, ldb, c + m * ldc, ldc, start,
                                            ldi);
@@ -227,21 +228,26 @@ inline void product_rows(int64_t rows, int64_t depth, const T* a, int64_t a_m, i
     }
 }
 
+struct Nothing {
+    void operator()() const {}
+};
+
 // C [rows, columns] = init + A B. Columns are rounded up to whole vectors: B, C and init have that room.
-// init null: zero; init = c: accumulate.
-template <class T>
+// init null: zero; init = c: accumulate. Beside the arithmetic, a thousand operations or so apart, beside().
+template <class T, class Beside = Nothing>
 inline void product(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_m, int64_t a_k,
-                    const T* b, int64_t ldb, T* c, int64_t ldc, const T* init, int64_t ldi) {
+                    const T* b, int64_t ldb, T* c, int64_t ldc, const T* init, int64_t ldi,
+                    Beside beside = {}) {
     if (rows <= 0) return;
     constexpr int64_t kStep = EVA_VECTOR_COLUMNS * kWidth<T>;
     int64_t n = 0;
     for (; n + kStep <= columns; n += kStep)
         product_rows<T, EVA_VECTOR_COLUMNS>(rows, depth, a, a_m, a_k, b + n, ldb, c + n, ldc,
-                                            init ? init + n : nullptr, ldi);
+                                            init ? init + n : nullptr, ldi, beside);
     const int64_t left = (columns - n + kWidth<T> - 1) / kWidth<T>;
     const auto run = [&]<int Columns>() {
         product_rows<T, Columns>(rows, depth, a, a_m, a_k, b + n, ldb, c + n, ldc, init ? init + n : nullptr,
-                                 ldi);
+                                 ldi, beside);
     };
     switch (left) {
     case 0:
@@ -321,15 +327,15 @@ inline S* row_of(const Rows& rows, int64_t batch, int64_t head, int64_t token) {
 // first.
 #define EVA_PREFETCH [[gnu::always_inline]] inline void
 
-// Has a row of each tensor brought into cache: rows lie on pages of their own, where no hardware prefetcher
-// follows.
-template <class S>
+// Has a row of each tensor brought into cache, to be read or written: rows lie on pages of their own, where
+// no hardware prefetcher follows.
+template <class S, bool Write = false>
 EVA_PREFETCH prefetch_token(std::initializer_list<const Rows*> tensors, int64_t batch, int64_t head,
                             int64_t token, int64_t head_dim) {
     constexpr int64_t kLine = 64 / sizeof(S);
     for (const Rows* rows : tensors) {
         const S* p = row_of<S>(*rows, batch, head, token);
-        for (int64_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(p + d);
+        for (int64_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(p + d, Write);
     }
 }
 // A row in T times `factor`, zeros behind head_dim up to a whole vector.

@@ -2,9 +2,9 @@
 // instruction set, behind chunk_summary.h.
 //
 // Columns of the score tile: landmarks, then prefix keys ("global" columns, the same for every window of a
-// head), then the keys of one window. A tile of queries starts from `init` (biases, -inf where hidden), to
-// which the matrix product adds scale * q.k; columns behind the last one are -inf, so that their weights are
-// 0.
+// head), then the keys of one window. A tile of queries starts from `init` (biases, -inf where hidden from
+// all), to which the matrix product adds scale * q.k; columns behind the last one are -inf, so that their
+// weights are 0. What is hidden from some queries only, as it lies ahead of them, is seen to row by row.
 
 constexpr int64_t kTileElements = 16384; // of the score tile: 64 KB of floats, a fraction of L2
 constexpr int64_t kCausalTileRows = 32;  // fewer see less of what is hidden from the first of them
@@ -92,20 +92,31 @@ class AttentionTile {
                 load_row<S, T>(rows, batch, head, t, head_dim, out + j * ld);
         }
     }
-    // The same as columns from `column` on, with zeros behind up to a whole vector.
-    template <class Token>
-    void copy_columns(const Rows& rows, int64_t column, int64_t count, Token token, T* out, int64_t ld_out) {
+    // row(j, room for one) for j = 0, 1, ... as columns from `column` on, with zeros behind up to a whole
+    // vector.
+    template <class Row>
+    void transpose_rows(int64_t column, int64_t count, Row row, T* out, int64_t ld_out) {
         const int64_t end = whole_vectors<T>(column + count) - column;
         for (int64_t j = 0; j < end; j += kWidth<T>) {
             const T* from[kWidth<T>];
             for (int64_t i = 0; i < kWidth<T>; ++i) {
                 T* const buffer = block + i * ld;
-                const int64_t t = j + i < count ? token(j + i) : -1;
-                from[i] = t < 0 ? buffer : view_row<S, T>(rows, batch, head, t, head_dim, buffer);
-                if (t < 0) zero(buffer, ld);
+                from[i] = j + i < count ? row(j + i, buffer) : buffer;
+                if (j + i >= count) zero(buffer, ld);
             }
             transpose(from, head_dim, out + column + j, ld_out);
         }
+    }
+    // The same of rows token(j) of the tensor, zeros for a negative token.
+    template <class Token>
+    void copy_columns(const Rows& rows, int64_t column, int64_t count, Token token, T* out, int64_t ld_out) {
+        const auto row = [&](int64_t j, T* buffer) -> const T* {
+            const int64_t t = token(j);
+            if (t >= 0) return view_row<S, T>(rows, batch, head, t, head_dim, buffer);
+            zero(buffer, ld);
+            return buffer;
+        };
+        transpose_rows(column, count, row, out, ld_out);
     }
     // Columns of a buffer with room for copy_columns of `first` and then others up to `columns`.
     static int64_t column_room(int64_t first, int64_t columns) {
@@ -168,11 +179,12 @@ class AttentionTile {
 
     // From scores and dO.v to (dropped) weights and the gradients of the scores, one row in place. A `whole`
     // row is normalised again and delta summed from its weights: where one weight is all but 1, its gradient
-    // then cancels, which it does not up to the rounding of O and the log-sum-exp.
+    // then cancels, which it does not up to the rounding of O and the log-sum-exp. That is no less than any
+    // score, as forward makes the same ones.
     void backward_row(T* s, T* ds, int64_t query_token, int64_t r, const int32_t* entries, int64_t columns,
                       bool whole) {
-        const bool shifted = whole && lse[r] != infinity<T>();
-        const Vec<T> shift = splat(shifted ? row_maximum(s, columns) : lse[r]);
+        const bool normalise = whole && lse[r] != infinity<T>();
+        const Vec<T> shift = splat(lse[r]);
         const T* factor = p.dropout.threshold ? kept_entries(query_token, entries, columns) : nullptr;
         Vec<T> total{}, products{};
         for (int64_t j = 0; j < columns; j += kWidth<T>) {
@@ -182,7 +194,7 @@ class AttentionTile {
             if (factor) store(ds + j, load(ds + j) * load(factor + j));
             products += weight * load(ds + j);
         }
-        const T scale = shifted ? T(1) / sum<T>(total) : T(1);
+        const T scale = normalise ? T(1) / sum<T>(total) : T(1);
         const Vec<T> minus = splat(whole ? sum<T>(products) * scale : delta[r]);
         for (int64_t j = 0; j < columns; j += kWidth<T>) {
             const Vec<T> weight = load(s + j) * splat(scale);
@@ -265,9 +277,10 @@ class WindowAttention : AttentionTile<S, T> {
 
     size_t bytes;
 
-    void attend(int64_t task) {
+    void attend(int64_t task, int64_t next) {
         start(task);
         for (int64_t window = first_window; window < last_window; ++window) {
+            look_ahead(window, next);
             finish_padding(g.window_box(window), [&](int64_t token) {
                 zero_row<S>(p.output, batch, head, token, head_dim);
                 Tile::store_lse(token, infinity<T>());
@@ -279,40 +292,48 @@ class WindowAttention : AttentionTile<S, T> {
                 const int64_t columns = globals + count_visible(i, rows);
                 build_init(g.window_box(window), g.key_box(window), i, rows);
                 product<T>(rows, columns, head_dim, query, ld, 1, key_t, ld_score, score, ld_score, init,
-                           ld_score);
+                           ld_init, [&] { fetch_ahead(); });
                 for (int64_t r = 0; r < rows; ++r) {
-                    if (tokens * head_dim * static_cast<int64_t>(sizeof(S)) <= kCachedBytes)
-                        prefetch_like({&p.query, &p.key, &p.value}, current_bh + 1, window, i + r);
-                    else
-                        prefetch_next_window({&p.query, &p.key, &p.value}, window, i + r);
-                    softmax_row(list[r], r, columns);
+                    fetch_ahead();
+                    const int64_t seen = hide_future(i, r, columns);
+                    softmax_row(list[r], r, seen);
+                    zero_columns(score + r * ld_score, seen, columns);
                 }
                 T* const out = query; // of no use any more
-                product<T>(rows, head_dim, columns, score, ld_score, 1, value_rows, ld, out, ld, nullptr, 0);
+                product<T>(rows, head_dim, columns, score, ld_score, 1, value_rows, ld, out, ld, nullptr, 0,
+                           [&] { fetch_ahead(); });
                 for (int64_t r = 0; r < rows; ++r)
                     store_row<S, T>(p.output, batch, head, list[r], head_dim, out + r * ld, delta[r]);
             });
         }
     }
 
-    // Gradients of the tokens in this task's windows, and the task's share of those of the global columns.
-    void differentiate(int64_t task) {
+    // Gradients of the tokens in this task's windows, and the task's part of its piece's share of those of
+    // the global columns.
+    void differentiate(int64_t task, int64_t next) {
         start(task);
+        const int64_t of_head = task % p.tasks,
+                      share = task / p.tasks * p.pieces + of_head / p.tasks_per_piece;
+        const bool first_of_piece = of_head + 1 == p.tasks || (of_head + 1) % p.tasks_per_piece == 0;
         const int64_t global_size = (landmarks + g.num_prefix_tokens) * padded(head_dim);
-        grad_global_key = static_cast<T*>(p.grad_global_key) + task * global_size;
-        grad_global_value = static_cast<T*>(p.grad_global_value) + task * global_size;
-        if (global_size > 0) {
+        grad_global_key = static_cast<T*>(p.grad_global_key) + share * global_size;
+        grad_global_value = static_cast<T*>(p.grad_global_value) + share * global_size;
+        if (global_size > 0 && first_of_piece) {
             zero(grad_global_key, global_size);
             zero(grad_global_value, global_size);
         }
         grad_entropy = nullptr;
         if (p.grad_landmark_entropy) {
-            grad_entropy = static_cast<T*>(p.grad_landmark_entropy) + task * landmarks;
-            for (int64_t c = 0; c < landmarks; ++c) grad_entropy[c] = 0;
+            grad_entropy = static_cast<T*>(p.grad_landmark_entropy) + share * landmarks;
+            for (int64_t c = 0; c < landmarks && first_of_piece; ++c) grad_entropy[c] = 0;
         }
         const int64_t bias_size = g.bias_height * g.bias_width;
-        if (bias) zero(grad_bias, bias_size);
+        T* const bias_share = bias ? static_cast<T*>(p.grad_relative_bias) +
+                                         (current_bh * p.pieces + of_head / p.tasks_per_piece) * bias_size
+                                   : nullptr;
+        for (int64_t i = 0; bias && i < bias_size; ++i) grad_bias[i] = first_of_piece ? T(0) : bias_share[i];
         for (int64_t window = first_window; window < last_window; ++window) {
+            look_ahead(window, next);
             finish_padding(g.window_box(window), [&](int64_t token) { Tile::zero_gradients(token); });
             list_tokens(g.window_box(window), own);
             if (own.size == 0) continue;
@@ -327,22 +348,18 @@ class WindowAttention : AttentionTile<S, T> {
                 store_row<S, T>(p.grad_value, batch, head, own.token[j], head_dim, grad_value + j * ld);
             }
         }
-        if (task % p.pieces == 0) // prefix queries see prefix keys, no landmarks
+        if (of_head == 0) // prefix queries see prefix keys, no landmarks
             prefix_queries_pass(landmarks, g.num_prefix_tokens,
                                 grad_global_key + landmarks * padded(head_dim),
                                 grad_global_value + landmarks * padded(head_dim), padded(head_dim));
-        if (bias)
-            store_elements(grad_bias, bias_size,
-                           static_cast<T*>(p.grad_relative_bias) +
-                               (current_bh * p.pieces + task % p.pieces) * bias_size);
+        if (bias) store_elements(grad_bias, bias_size, bias_share);
     }
 
   private:
     void start(int64_t task) {
-        const int64_t windows = g.num_windows(), piece = task % p.pieces;
-        const int64_t bh = p.first_head + task / p.pieces;
-        first_window = windows * piece / p.pieces;
-        last_window = windows * (piece + 1) / p.pieces;
+        const int64_t bh = p.first_head + task / p.tasks;
+        first_window = task % p.tasks * p.windows_per_task;
+        last_window = detail::min(first_window + p.windows_per_task, g.num_windows());
         init_shape = {};
         if (bh == current_bh) return;
         Tile::start_head(bh);
@@ -370,11 +387,14 @@ class WindowAttention : AttentionTile<S, T> {
     // Keys and values of `count` columns from `column` on.
     template <class Token>
     void load_columns(const Rows& key, const Rows& value, int64_t column, int64_t count, Token token) {
-        Tile::copy_columns(key, column, count, token, key_t, ld_score);
         if (backward) {
-            Tile::copy_rows(key, count, token, key_rows + column * ld);
+            T* const rows = key_rows + column * ld;
+            Tile::copy_rows(key, count, token, rows);
+            const auto row = [&](int64_t j, T*) { return rows + j * ld; };
+            Tile::transpose_rows(column, count, row, key_t, ld_score);
             Tile::copy_columns(value, column, count, token, value_t, ld_score);
         } else {
+            Tile::copy_columns(key, column, count, token, key_t, ld_score);
             Tile::copy_rows(value, count, token, value_rows + column * ld);
         }
     }
@@ -398,19 +418,38 @@ class WindowAttention : AttentionTile<S, T> {
             }
     }
 
-    // Number i of a window's tokens is about to be used: has its like of what follows brought into cache, bit
-    // by bit beside the arithmetic.
-    EVA_PREFETCH prefetch_like(std::initializer_list<const Rows*> tensors, int64_t bh, int64_t window,
-                               int64_t i) const {
-        const Box box = g.window_box(window);
-        if (bh < p.shape.batch * p.shape.heads && i < box.height() * box.width())
-            prefetch_token<S>(tensors, bh / p.shape.heads, bh % p.shape.heads,
-                              g.token(box.y0 + i / box.width(), box.x0 + i % box.width()), head_dim);
-    }
-    EVA_PREFETCH prefetch_next_window(std::initializer_list<const Rows*> tensors, int64_t window,
-                                      int64_t i) const {
+    // Begins to look at what is worth having in cache after `window`: the window behind it or, where the
+    // whole of its task has been in cache already, its like in the next task.
+    void look_ahead(int64_t window, int64_t next) {
+        const bool was_cached =
+            Blocks(g).count > 1 ||
+            (!backward && tokens * head_dim * static_cast<int64_t>(sizeof(S)) <= kCachedBytes);
         const bool last = window + 1 == g.num_windows();
-        prefetch_like(tensors, current_bh + last, last ? 0 : window + 1, i);
+        int64_t bh = current_bh + last, ahead = last ? 0 : window + 1;
+        if (was_cached) {
+            bh = next < 0 ? p.shape.batch * p.shape.heads : p.first_head + next / p.tasks;
+            ahead = next % p.tasks * p.windows_per_task + window - first_window;
+        }
+        ahead_batch = bh / p.shape.heads;
+        ahead_head = bh % p.shape.heads;
+        const bool exists = bh < p.shape.batch * p.shape.heads && ahead < g.num_windows();
+        ahead_box = exists ? g.window_box(ahead) : Box{0, 0, 0, 0};
+        ahead_y = ahead_box.y0;
+        ahead_x = ahead_box.x0;
+    }
+    // Has another of its tokens brought into cache.
+    EVA_PREFETCH fetch_ahead() {
+        if (ahead_y >= ahead_box.y1) return;
+        const int64_t token = g.token(ahead_y, ahead_x);
+        prefetch_token<S>({&p.query, &p.key, &p.value}, ahead_batch, ahead_head, token, head_dim);
+        if (backward) {
+            prefetch_token<S>({&p.grad_output}, ahead_batch, ahead_head, token, head_dim);
+            prefetch_token<S, true>({&p.grad_query, &p.grad_key, &p.grad_value}, ahead_batch, ahead_head,
+                                    token, head_dim);
+        } else {
+            prefetch_token<S, true>({&p.output}, ahead_batch, ahead_head, token, head_dim);
+        }
+        if (++ahead_x == ahead_box.x1) ahead_x = ahead_box.x0, ++ahead_y;
     }
 
     // The queries of a window, and what they see of the global columns.
@@ -453,22 +492,34 @@ class WindowAttention : AttentionTile<S, T> {
 
     // How many of the keys the queries [first, first + rows) see: those up to the last one's own, if causal.
     int64_t count_visible(int64_t first, int64_t rows) const {
-        if (!g.is_causal) return keys.size;
+        if (!g.is_causal || keys.size == 0) return keys.size;
         const int32_t last_query = queries.token[first + rows - 1];
-        int64_t count = 0, end = keys.size;
-        while (count < end) {
-            const int64_t middle = (count + end) / 2;
-            if (keys.token[middle] <= last_query)
-                count = middle + 1;
-            else
-                end = middle;
-        }
+        int64_t count = detail::min(keys.size, detail::max(last_query - keys.token[0] + 1, 0));
+        while (count > 0 && keys.token[count - 1] > last_query) --count; // as padding is not listed
         return count;
+    }
+
+    // Hides from row r of the tile from query `first` on what comes later; how many of the columns are left
+    // for it.
+    int64_t hide_future(int64_t first, int64_t r, int64_t columns) {
+        if (!g.is_causal) return columns;
+        T* const s = score + r * ld_score;
+        for (int64_t c = queries.token[first + r] / g.chunk_width; c < globals; ++c) s[c] = -infinity<T>();
+        const int64_t seen = globals + count_visible(first + r, 1);
+        store(s + seen, splat(-infinity<T>()));
+        return seen;
+    }
+    // Weights of 0 for the columns behind the whole vectors that hold the first `seen`.
+    static void zero_columns(T* weights, int64_t seen, int64_t columns) {
+        for (int64_t j = whole_vectors<T>(seen); j < columns; j += kWidth<T>) store(weights + j, Vec<T>{});
     }
 
     // What the scores of queries [first, first + rows) of a window start from, with the keys of a box. Boxes
     // of the same shape share it.
     void build_init(const Box& window, const Box& box, int64_t first, int64_t rows) {
+        // Without biases of their own, all queries start from one row.
+        const int64_t rows_of_init = bias ? rows : 1;
+        ld_init = bias ? ld_score : 0;
         if (!p.key_padding_mask && !p.exclude_window_landmarks && !g.is_causal && rows == queries.size) {
             const InitShape shape{window.height(), window.width(),     box.height(),
                                   box.width(),     window.y0 - box.y0, window.x0 - box.x0};
@@ -478,17 +529,13 @@ class WindowAttention : AttentionTile<S, T> {
             init_shape = {};
         }
         const int64_t center = (g.bias_height / 2) * g.bias_width + g.bias_width / 2;
-        const int64_t columns = globals + count_visible(first, rows);
-        const int64_t end = whole_vectors<T>(whole_vectors<T>(columns) - globals);
-        for (int64_t r = 0; r < rows; ++r) {
+        const int64_t visible = count_visible(first, rows);
+        const int64_t end = whole_vectors<T>(whole_vectors<T>(globals + visible) - globals);
+        for (int64_t r = 0; r < rows_of_init; ++r) {
             T* target = init + r * ld_score;
-            const int32_t token = queries.token[first + r];
             for (int64_t c = 0; c < globals; ++c) target[c] = global_row[c];
-            if (g.is_causal)
-                for (int64_t c = token / g.chunk_width; c < globals; ++c) target[c] = -infinity<T>();
             target += globals;
             const T* const entry = bias ? bias + center - queries.place[first + r] : nullptr;
-            const int64_t visible = count_visible(first + r, 1);
             if (entry)
                 keys.for_places(visible, [=](int64_t j, int64_t place) { target[j] = entry[place]; });
             else
@@ -519,23 +566,21 @@ class WindowAttention : AttentionTile<S, T> {
         Tile::drop(s, token, column_token, columns);
     }
 
-    // Scores of columns [first, first + count), which are `whole` rows or not, and their gradients; beside
-    // each row, prefetch(row).
-    template <class Prefetch>
-    void backward_scores(const int32_t* list, int64_t rows, int64_t first, int64_t count, bool whole,
-                         Prefetch prefetch) {
+    // Scores of the queries from number i on and columns [first, first + count), which are `whole` rows or
+    // not, and their gradients.
+    void backward_scores(int64_t i, int64_t rows, int64_t first, int64_t count, bool whole) {
         product<T>(rows, count, head_dim, query, ld, 1, key_t + first, ld_score, score + first, ld_score,
-                   init + first, ld_score);
+                   init + first, ld_init, [&] { fetch_ahead(); });
         product<T>(rows, count, head_dim, grad_out, ld, 1, value_t + first, ld_score, grad_score + first,
-                   ld_score, nullptr, 0);
+                   ld_score, nullptr, 0, [&] { fetch_ahead(); });
         for (int64_t r = 0; r < rows; ++r) {
-            prefetch(r);
-            Tile::backward_row(score + r * ld_score + first, grad_score + r * ld_score + first, list[r], r,
-                               column_token + first, count, whole);
+            fetch_ahead();
+            const int64_t seen = hide_future(i, r, first + count) - first;
+            T *const s = score + r * ld_score + first, *const ds = grad_score + r * ld_score + first;
+            Tile::backward_row(s, ds, queries.token[i + r], r, column_token + first, seen, whole);
+            zero_columns(s, seen, count);
+            zero_columns(ds, seen, count);
         }
-    }
-    void backward_scores(const int32_t* list, int64_t rows, int64_t first, int64_t count) {
-        backward_scores(list, rows, first, count, false, [](int64_t) {});
     }
 
     // The tile's share of the gradients of keys and values of columns [first, first + count): added to what
@@ -543,9 +588,9 @@ class WindowAttention : AttentionTile<S, T> {
     void key_gradients(int64_t rows, int64_t first, int64_t count, T* key, T* value, int64_t ld_out,
                        bool add) {
         product<T>(count, head_dim, rows, score + first, 1, ld_score, grad_out, ld, value, ld_out,
-                   add ? value : nullptr, ld_out);
+                   add ? value : nullptr, ld_out, [&] { fetch_ahead(); });
         product<T>(count, head_dim, rows, grad_score + first, 1, ld_score, query, ld, key, ld_out,
-                   add ? key : nullptr, ld_out);
+                   add ? key : nullptr, ld_out, [&] { fetch_ahead(); });
     }
 
     // The share of the tile from query `first` on in the gradients of the first `visible` keys; the first
@@ -564,9 +609,7 @@ class WindowAttention : AttentionTile<S, T> {
         for_queries(true, [&](int64_t i, int64_t rows) {
             build_init(g.window_box(window), g.key_box(window), i, rows);
             const int64_t visible = count_visible(i, rows), columns = globals + visible;
-            backward_scores(queries.token + i, rows, 0, columns, true, [&](int64_t r) {
-                prefetch_next_window({&p.query, &p.key, &p.value, &p.grad_output}, window, i + r);
-            });
+            backward_scores(i, rows, 0, columns, true);
             key_gradients(rows, 0, globals, grad_global_key, grad_global_value, padded(head_dim), true);
             if (grad_entropy)
                 for (int64_t r = 0; r < rows; ++r)
@@ -576,7 +619,7 @@ class WindowAttention : AttentionTile<S, T> {
             if (bias) add_bias_gradient(i, rows);
             T* const grad_query = query; // of no use any more
             product<T>(rows, head_dim, columns, grad_score, ld_score, 1, key_rows, ld, grad_query, ld,
-                       nullptr, 0);
+                       nullptr, 0, [&] { fetch_ahead(); });
             for (int64_t r = 0; r < rows; ++r)
                 store_row<S, T>(p.grad_query, batch, head, queries.token[i + r], head_dim,
                                 grad_query + r * ld, static_cast<T>(p.scale));
@@ -613,7 +656,7 @@ class WindowAttention : AttentionTile<S, T> {
                 for_queries(false, [&](int64_t i, int64_t rows) {
                     build_init(g.window_box(other), seen, i, rows);
                     const int64_t visible = count_visible(i, rows);
-                    backward_scores(queries.token + i, rows, globals, visible);
+                    backward_scores(i, rows, globals, visible, false);
                     add_own_gradients(i, rows, visible, grad_seen_key, grad_seen_value);
                 });
                 for (int64_t j = 0, at = 0; j < keys.size; ++j) {
@@ -633,12 +676,12 @@ class WindowAttention : AttentionTile<S, T> {
                 if (!is_padded(i)) queries.token[queries.size++] = static_cast<int32_t>(i);
             for_queries(false, [&](int64_t i, int64_t rows) {
                 init_shape = {};
-                for (int64_t r = 0; r < rows; ++r)
-                    for (int64_t j = first; j < ld_score; ++j) {
-                        const bool visible = j < first + count && !is_padded(column_token[j]);
-                        init[r * ld_score + j] = visible ? T(0) : -infinity<T>();
-                    }
-                backward_scores(queries.token + i, rows, first, count);
+                ld_init = 0;
+                for (int64_t j = first; j < ld_score; ++j) {
+                    const bool visible = j < first + count && !is_padded(column_token[j]);
+                    init[j] = visible ? T(0) : -infinity<T>();
+                }
+                backward_scores(i, rows, first, count, false);
                 key_gradients(rows, first, count, key, value, ld_out, true);
             });
         }
@@ -662,7 +705,10 @@ class WindowAttention : AttentionTile<S, T> {
     int64_t globals;          // columns before the window's keys: what all its queries may see
     int64_t loaded_landmarks; // in the first columns
     int64_t ld_score, tile_rows;
+    int64_t ld_init = 0; // 0: one row for all queries
     int64_t first_window = 0, last_window = 0;
+    int64_t ahead_batch, ahead_head, ahead_y, ahead_x; // the next token of what is worth having in cache
+    Box ahead_box{0, 0, 0, 0};
     const T* bias = nullptr;                // [bias_height, bias_width]
     T *key_t, *value_t;                     // [head_dim, ld_score]
     T *key_rows, *value_rows;               // [columns, ld]
@@ -844,14 +890,15 @@ size_t prefix_scratch(const AttentionParams& p, bool backward) {
     return PrefixAttention<S, T>(p, backward, nullptr).bytes;
 }
 template <class S, class T>
-void window_attention_fwd(const AttentionParams& p, int64_t begin, int64_t end, char* scratch) {
+void window_attention_fwd(const AttentionParams& p, int64_t begin, int64_t end, int64_t next, char* scratch) {
     WindowAttention<S, T> attention(p, false, scratch);
-    for (int64_t task = begin; task < end; ++task) attention.attend(task);
+    for (int64_t task = begin; task < end; ++task) attention.attend(task, task + 1 < end ? task + 1 : next);
 }
 template <class S, class T>
-void window_attention_bwd(const AttentionParams& p, int64_t begin, int64_t end, char* scratch) {
+void window_attention_bwd(const AttentionParams& p, int64_t begin, int64_t end, int64_t next, char* scratch) {
     WindowAttention<S, T> attention(p, true, scratch);
-    for (int64_t task = begin; task < end; ++task) attention.differentiate(task);
+    for (int64_t task = begin; task < end; ++task)
+        attention.differentiate(task, task + 1 < end ? task + 1 : next);
 }
 template <class S, class T>
 void prefix_attention_fwd(const AttentionParams& p, int64_t begin, int64_t end, char* scratch) {
