@@ -20,31 +20,37 @@ struct TileGradSm90Traits {
     using S = S_;
     static constexpr int kTile = 64; // tokens of a window, landmarks, columns of their rows
     static constexpr int kTileElements = kTile * kTile;
-    // Warpgroups that compute; of one more, a warp loads, a warp stores, and a warp clears.
+    // Warpgroups that compute; of one more, three warps load, and a warp stores.
     static constexpr int kWarpgroups = 2;
     static constexpr int kConsumers = kWarpgroups * kWarpgroupSize;
     static constexpr int kThreads = kConsumers + kWarpgroupSize;
     static constexpr int kConsumerRegisters = 232, kServiceRegisters = 40;
-    static constexpr int kSlots = 2 * kWarpgroups, kLandmarkSlots = 2;
+    static constexpr int kSlots = 5, kLandmarkSlots = 2;
     static constexpr int kTerms = 4, kMostChunks = 16; // rows that a chunk adds to its tokens' gradients
-    static constexpr int kMaxTableSize = 384;          // (2 h - 1) (2 w - 1) + (h - 1) (2 w - 1) + w
+    static constexpr int kMaxTableSize = 225;          // (2 h - 1) (2 w - 1)
 
     struct Window { // gradients replace the rows on their way out
         alignas(1024) S query[kTileElements];
         alignas(1024) S key[kTileElements];
-        alignas(1024) S value[kTileElements]; // then the weights [query, key]
+        alignas(1024) S value[kTileElements]; // then the gradients of the scores [key, query]
         alignas(1024) S grad_output[kTileElements];
-        // What the tokens get as members of chunks: omega, grad_beta, grad_key_mean, grad_query_mean.
-        alignas(1024) S terms[kTerms][kMostChunks * kTile];
+    };
+    // What the tokens get as members of chunks: omega, grad_beta, grad_key_mean, grad_query_mean.
+    struct Terms {
+        alignas(1024) S rows[kTerms][kMostChunks * kTile];
     };
     struct Landmarks {
         alignas(1024) S key[kTileElements];
         alignas(1024) S value[kTileElements];
     };
+    struct Numbers {                          // of tokens
+        float logsumexp[kTile], delta[kTile]; // in units of log 2, times the scale
+        uint32_t chunk[kTile];                // weight and gradient as a member
+    };
     struct Shared {
         Window windows[kSlots];
         Landmarks landmarks[kLandmarkSlots];
-        alignas(1024) S grad_score[kWarpgroups][kTileElements]; // [query, key]
+        Terms terms[kWarpgroups];
         union {
             struct {
                 float4 bias_tile[kScoreTileVectors];
@@ -52,9 +58,12 @@ struct TileGradSm90Traits {
             };
             float bias_sum[kTile][kTile + 1]; // [key, query]
         };
+        alignas(16) Numbers numbers[kWarpgroups];
         alignas(128) S padding[kTile]; // rows beyond the window's go here, so that they stay zeros elsewhere
         uint64_t window_full[kSlots], gradients_full[kSlots], window_empty[kSlots];
         uint64_t landmarks_full[kLandmarkSlots], landmarks_empty[kLandmarkSlots];
+        uint64_t terms_full[kWarpgroups], terms_empty[kWarpgroups];
+        uint64_t numbers_full[kWarpgroups], numbers_empty[kWarpgroups];
     };
 };
 
@@ -84,6 +93,7 @@ struct TileGradSm90 {
     using S = typename Traits::S;
     using Window = typename Traits::Window;
     using Landmarks = typename Traits::Landmarks;
+    using Terms = typename Traits::Terms;
     static constexpr int kTile = Traits::kTile;
 
     const AttentionParams& p;
@@ -98,13 +108,12 @@ struct TileGradSm90 {
                 reinterpret_cast<uint4*>(tile)[i] = uint4{0, 0, 0, 0};
         };
         const int size = plan.windows.queries.size();
-        for (Window& window : shared.windows) {
+        for (Window& window : shared.windows)
             for (S* tile : {window.query, window.key, window.value, window.grad_output})
                 clear(tile, size, kTile);
-            for (S* tile : window.terms)
+        for (Terms& terms : shared.terms)
+            for (S* tile : terms.rows)
                 clear(tile, plan.has_terms ? plan.chunks_height * plan.chunks_width : 0, Traits::kMostChunks);
-        }
-        for (S* tile : shared.grad_score) clear(tile, size, kTile);
         for (Landmarks& landmarks : shared.landmarks)
             for (S* tile : {landmarks.key, landmarks.value})
                 clear(tile, plan.has_landmarks ? kTile : 0, kTile);
@@ -122,33 +131,33 @@ struct TileGradSm90 {
             barrier_init(&shared.landmarks_full[i], 1);
             barrier_init(&shared.landmarks_empty[i], Traits::kWarpgroups * kWarps);
         }
+        for (int i = 0; i < Traits::kWarpgroups; ++i) {
+            barrier_init(&shared.terms_full[i], 1);
+            barrier_init(&shared.terms_empty[i], kWarps);
+            barrier_init(&shared.numbers_full[i], 1);
+            barrier_init(&shared.numbers_empty[i], kWarps);
+        }
         barrier_init_fence();
     }
 
+    static constexpr int kRowBytes = kTile * static_cast<int>(sizeof(S));
+
     // By one thread.
     __device__ void load() const {
-        constexpr int kRowBytes = kTile * static_cast<int>(sizeof(S));
         const Windows& w = plan.windows;
         RingCursor slot, landmark_slot;
         bool is_first = true;
 #pragma unroll 1
         for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan)) {
             const int y0 = at.row * w.queries.height, x0 = at.column * w.queries.width;
-            const int chunk_y = y0 / plan.chunk_height, chunk_x = x0 / plan.chunk_width;
             Window& window = shared.windows[slot.slot];
             uint64_t* const full = &shared.window_full[slot.slot];
             barrier_wait(&shared.window_empty[slot.slot], slot.phase ^ 1);
-            const int chunks = plan.has_terms ? plan.chunks_height * plan.chunks_width : 0;
-            barrier_arrive_expect(full, (4 * w.queries.size() + Traits::kTerms * chunks) * kRowBytes);
+            barrier_arrive_expect(full, 4 * w.queries.size() * kRowBytes);
             load_box(window.query, maps.query, full, 0, x0, y0, at.head, at.batch);
             load_box(window.key, maps.key, full, 0, x0, y0, at.head, at.batch);
             load_box(window.grad_output, maps.grad_output, full, 0, x0, y0, at.head, at.batch);
             load_box(window.value, maps.value, full, 0, x0, y0, at.head, at.batch);
-            if (plan.has_terms) {
-#pragma unroll
-                for (int i = 0; i < Traits::kTerms; ++i)
-                    load_box(window.terms[i], maps.terms[i], full, 0, chunk_x, chunk_y, at.head, at.batch);
-            }
             slot.advance(Traits::kSlots);
             if (plan.has_landmarks && (is_first || at.begins_sequence())) {
                 Landmarks& landmarks = shared.landmarks[landmark_slot.slot];
@@ -160,6 +169,58 @@ struct TileGradSm90 {
                 landmark_slot.advance(Traits::kLandmarkSlots);
             }
             is_first = false;
+        }
+    }
+
+    // By one thread.
+    __device__ void load_terms() const {
+        const Windows& w = plan.windows;
+        RingCursor slot;
+#pragma unroll 1
+        for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan)) {
+            const int y = at.row * w.queries.height / plan.chunk_height,
+                      x = at.column * w.queries.width / plan.chunk_width;
+            uint64_t* const full = &shared.terms_full[slot.slot];
+            barrier_wait(&shared.terms_empty[slot.slot], slot.phase ^ 1);
+            barrier_arrive_expect(full, Traits::kTerms * plan.chunks_height * plan.chunks_width * kRowBytes);
+#pragma unroll
+            for (int i = 0; i < Traits::kTerms; ++i)
+                load_box(shared.terms[slot.slot].rows[i], maps.terms[i], full, 0, x, y, at.head, at.batch);
+            slot.advance(Traits::kWarpgroups);
+        }
+    }
+
+    // By one warp.
+    __device__ void load_numbers() const {
+        RingCursor slot;
+#pragma unroll 1
+        for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan)) {
+            const TokenBox box = plan.windows.query_box(at.row, at.column);
+            const int64_t first =
+                (static_cast<int64_t>(at.batch) * p.shape.heads + at.head) * plan.windows.num_tokens;
+            float logsumexp[2], delta[2], weight[2], grad[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int token = box.token(threadIdx.x % kWarpSize + kWarpSize * i);
+                const auto load = [&](const void* data, float otherwise) {
+                    return data && token >= 0 ? (static_cast<const float*>(data) + first)[token] : otherwise;
+                };
+                logsumexp[i] = load(p.logsumexp, kInfinity);
+                delta[i] = load(p.delta, 0.0f);
+                weight[i] = load(p.chunk_terms.token_weight, 0.0f);
+                grad[i] = load(p.chunk_terms.token_grad, 0.0f);
+            }
+            barrier_wait(&shared.numbers_empty[slot.slot], slot.phase ^ 1);
+            auto& numbers = shared.numbers[slot.slot];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int row = threadIdx.x % kWarpSize + kWarpSize * i;
+                numbers.logsumexp[row] = logsumexp[i] * kLog2e;
+                numbers.delta[row] = delta[i] * static_cast<float>(p.scale);
+                numbers.chunk[row] = pack<S>(weight[i], grad[i]);
+            }
+            release(&shared.numbers_full[slot.slot]);
+            slot.advance(Traits::kWarpgroups);
         }
     }
 
@@ -203,9 +264,7 @@ struct TileGradSm90 {
         ScoreTile grad_bias = {}; // summed over windows
         int head = -1, turn = 0;
         RingCursor slot, landmark_slot;
-        WindowCursor ahead = WindowCursor::first(plan); // at the warpgroup's next window
-        for (int i = 0; i < warpgroup; ++i) ahead.advance(plan);
-        Numbers next = load_numbers(ahead);
+        uint32_t phase = 0; // of what the warpgroup alone has
 #pragma unroll 1
         for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan)) {
             if (at.head != head) {
@@ -214,16 +273,14 @@ struct TileGradSm90 {
             }
             head = at.head;
             if (turn == warpgroup) {
-                const Numbers numbers = next;
-                for (int i = 0; i < Traits::kWarpgroups; ++i) ahead.advance(plan);
-                next = load_numbers(ahead);
-                const TokenBox box = plan.windows.query_box(at.row, at.column);
-                const int2 in_chunk{box.y0 % plan.chunk_height, box.x0 % plan.chunk_width};
+                // A slot's phases go from one warpgroup to the other. None comes here while the slot's last
+                // window is still on its way: then there were no numbers for the window before this one.
                 barrier_wait(&shared.window_full[slot.slot], slot.phase);
                 if (plan.has_landmarks)
                     barrier_wait(&shared.landmarks_full[landmark_slot.slot], landmark_slot.phase);
-                find_gradients(shared.windows[slot.slot], shared.landmarks[landmark_slot.slot], in_chunk, box,
-                               numbers, warpgroup, grad_bias);
+                find_gradients(shared.windows[slot.slot], shared.landmarks[landmark_slot.slot],
+                               plan.windows.query_box(at.row, at.column), phase, warpgroup, grad_bias);
+                phase ^= 1;
                 release(&shared.gradients_full[slot.slot]);
             }
             slot.advance(Traits::kSlots);
@@ -241,45 +298,22 @@ struct TileGradSm90 {
     using Factor = uint32_t[4]; // the first one [64, 16] of a product
     using Operand = Factor[kTile / 16];
 
-    // Of the thread's two rows.
-    struct Numbers {
-        float logsumexp[2], delta[2], chunk_weight[2], chunk_grad[2];
-    };
-    __device__ Numbers load_numbers(const WindowCursor& at) const {
-        const TokenBox box = plan.windows.query_box(at.row, at.column);
-        const int64_t sequence = static_cast<int64_t>(at.batch) * p.shape.heads + at.head;
-        Numbers numbers;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int token = at.left > 0 ? box.token(score_row() + 8 * r) : -1;
-            const int64_t from = sequence * plan.windows.num_tokens + token;
-            const auto load = [&](const void* data, bool exists, float otherwise) {
-                return exists && token >= 0 ? static_cast<const float*>(data)[from] : otherwise;
-            };
-            numbers.logsumexp[r] = load(p.logsumexp, true, kInfinity);
-            numbers.delta[r] = load(p.delta, true, 0.0f);
-            numbers.chunk_weight[r] = load(p.chunk_terms.token_weight, plan.has_terms, 0.0f);
-            numbers.chunk_grad[r] = load(p.chunk_terms.token_grad, plan.has_terms, 0.0f);
-        }
-        return numbers;
-    }
-
-    __device__ void find_gradients(Window& window, const Landmarks& landmarks, const int2& in_chunk,
-                                   const TokenBox& box, const Numbers& numbers, int warpgroup,
-                                   ScoreTile& grad_bias) const {
+    __device__ void find_gradients(Window& window, const Landmarks& landmarks, const TokenBox& box,
+                                   uint32_t phase, int warpgroup, ScoreTile& grad_bias) const {
         const float scale = static_cast<float>(p.scale), scale_log2 = scale * kLog2e;
         const uint64_t query = tile_descriptor(window.query), key = tile_descriptor(window.key),
                        value = tile_descriptor(window.value),
                        grad_output = tile_descriptor(window.grad_output),
                        landmark_key = tile_descriptor(landmarks.key),
                        landmark_value = tile_descriptor(landmarks.value);
+        // Of the window [key, query], of the landmarks [query, landmark].
         ScoreTile score, grad_weight, landmark_score, landmark_grad_weight;
         begin_with_bias(score, shared.bias_tile);
         warpgroup_fence();
 #pragma unroll
         for (int d = 0; d < 4; ++d) {
-            warpgroup_multiply<S, 0, 0>(score, query + 2 * d, key + 2 * d, 1);
-            warpgroup_multiply<S, 0, 0>(grad_weight, grad_output + 2 * d, value + 2 * d, d > 0);
+            warpgroup_multiply<S, 0, 0>(score, key + 2 * d, query + 2 * d, 1);
+            warpgroup_multiply<S, 0, 0>(grad_weight, value + 2 * d, grad_output + 2 * d, d > 0);
         }
         warpgroup_commit();
 #pragma unroll
@@ -290,14 +324,9 @@ struct TileGradSm90 {
         }
         warpgroup_commit();
 
-        float lse[2], delta[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            lse[r] = numbers.logsumexp[r] * kLog2e;
-            delta[r] = numbers.delta[r] * scale;
-        }
         // To weights, and to the gradients of the scores times the scale.
-        const auto weigh = [&](ScoreTile& score, ScoreTile& grad_weight, int n, int columns) {
+        const auto weigh = [&](ScoreTile& score, ScoreTile& grad_weight, int n, const float (&lse)[4],
+                               const float (&delta)[4], int columns) {
             if (n == kTile / 8 - 1 && columns <= 8 * n) { // as of 7 x 7
 #pragma unroll
                 for (int e = 0; e < 4; ++e) score[n][e] = grad_weight[n][e] = 0;
@@ -305,63 +334,82 @@ struct TileGradSm90 {
             }
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                score[n][e] = exp2_approx(score[n][e] * scale_log2 - lse[e / 2]);
-                grad_weight[n][e] = score[n][e] * (grad_weight[n][e] * scale - delta[e / 2]);
+                score[n][e] = exp2_approx(score[n][e] * scale_log2 - lse[e]);
+                grad_weight[n][e] = score[n][e] * (grad_weight[n][e] * scale - delta[e]);
             }
         };
+        const auto& numbers = shared.numbers[warpgroup];
+        barrier_wait(&shared.numbers_full[warpgroup], phase);
+        const uint32_t members[] = {numbers.chunk[score_row()], numbers.chunk[score_row() + 8]};
+        Factor key_factor, value_factor, mean_factor;
+        find_factors(key_factor, value_factor, mean_factor, box, members);
         warpgroup_wait<1>();
         fence_registers(score);
         fence_registers(grad_weight);
-        warpgroup_sync(warpgroup); // all are done with the values
-        if (!box.is_whole()) hide_outside(score, box, 0);
-        Operand weight, grad_score;
+        if (!box.is_whole()) {
+#pragma unroll
+            for (int e = 0; e < 4; e += 2)
+                if (box.token(score_row() + 4 * e) < 0) {
+#pragma unroll
+                    for (int n = 0; n < kTile / 8; ++n) score[n][e] = score[n][e + 1] = -kInfinity;
+                }
+        }
 #pragma unroll
         for (int n = 0; n < kTile / 8; ++n) {
-            weigh(score, grad_weight, n, plan.windows.queries.size());
+            const int column = 8 * n + score_column();
+            const float2 lse = *reinterpret_cast<const float2*>(&numbers.logsumexp[column]),
+                         delta = *reinterpret_cast<const float2*>(&numbers.delta[column]);
+            weigh(score, grad_weight, n, {lse.x, lse.y, lse.x, lse.y}, {delta.x, delta.y, delta.x, delta.y},
+                  plan.windows.queries.size());
 #pragma unroll
             for (int e = 0; e < 4; ++e) grad_bias[n][e] += grad_weight[n][e];
         }
+        Operand weight, grad_score;
         pack_tile(weight, score);
         pack_tile(grad_score, grad_weight);
-        put(weight, window.value);
-        put(grad_score, shared.grad_score[warpgroup]);
-        fence_async_proxy();
-        warpgroup_sync(warpgroup);
+        warpgroup_sync(warpgroup); // all are done with the values
+        put(grad_score, window.value);
+        for (Factor& factor : weight) fence_factor(factor);
+        for (Factor& factor : grad_score) fence_factor(factor);
 
-        const uint64_t grad_scores = tile_descriptor(shared.grad_score[warpgroup]);
-        Factor key_factor, value_factor, mean_factor, diagonal[4];
-        find_factors(key_factor, value_factor, mean_factor, diagonal, in_chunk, numbers);
+        if (plan.has_terms) barrier_wait(&shared.terms_full[warpgroup], phase);
+        const auto term = [&](int i) { return tile_descriptor(shared.terms[warpgroup].rows[i]); };
         ScoreTile grad_query, grad_key, grad_value;
         warpgroup_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            warpgroup_multiply<S, 1, 1>(grad_value, value + 128 * k, grad_output + 128 * k, k > 0);
-            warpgroup_multiply<S, 1, 1>(grad_key, grad_scores + 128 * k, query + 128 * k, k > 0);
-            warpgroup_multiply<S, 1>(grad_key, diagonal[k], key + 128 * k, 1);
+            warpgroup_multiply<S, 1>(grad_value, weight[k], grad_output + 128 * k, k > 0);
+            warpgroup_multiply<S, 1>(grad_key, grad_score[k], query + 128 * k, k > 0);
         }
-        warpgroup_multiply<S, 1>(grad_key, key_factor, tile_descriptor(window.terms[0]), 1);
-        warpgroup_multiply<S, 1>(grad_value, value_factor, tile_descriptor(window.terms[1]), 1);
-        warpgroup_multiply<S, 1>(grad_key, mean_factor, tile_descriptor(window.terms[2]), 1);
+        warpgroup_multiply<S, 1>(grad_key, key_factor, term(0), 1);
+        warpgroup_multiply<S, 1>(grad_value, value_factor, term(1), 1);
+        warpgroup_multiply<S, 1>(grad_key, mean_factor, term(2), 1);
         warpgroup_commit();
+        fence_async_proxy();
 
         warpgroup_wait<1>();
         fence_registers(landmark_score);
         fence_registers(landmark_grad_weight);
         const uint32_t hidden = columns_from(static_cast<int>(p.num_landmarks));
         hide(landmark_score, {hidden, hidden});
+        const float lse[] = {numbers.logsumexp[score_row()], numbers.logsumexp[score_row() + 8]},
+                    delta[] = {numbers.delta[score_row()], numbers.delta[score_row() + 8]};
 #pragma unroll
         for (int n = 0; n < kTile / 8; ++n)
-            weigh(landmark_score, landmark_grad_weight, n, static_cast<int>(p.num_landmarks));
+            weigh(landmark_score, landmark_grad_weight, n, {lse[0], lse[0], lse[1], lse[1]},
+                  {delta[0], delta[0], delta[1], delta[1]}, static_cast<int>(p.num_landmarks));
         Operand landmark_grad_score;
         pack_tile(landmark_grad_score, landmark_grad_weight);
         for (Factor& factor : landmark_grad_score) fence_factor(factor);
+        release(&shared.numbers_empty[warpgroup]);
+        warpgroup_sync(warpgroup); // the gradients of the scores are there
         warpgroup_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            warpgroup_multiply<S, 1>(grad_query, grad_score[k], key + 128 * k, k > 0);
+            warpgroup_multiply<S, 1, 1>(grad_query, value + 128 * k, key + 128 * k, k > 0);
             warpgroup_multiply<S, 1>(grad_query, landmark_grad_score[k], landmark_key + 128 * k, 1);
         }
-        warpgroup_multiply<S, 1>(grad_query, mean_factor, tile_descriptor(window.terms[3]), 1);
+        warpgroup_multiply<S, 1>(grad_query, mean_factor, term(3), 1);
         warpgroup_commit();
 
         Operand query_rows, key_rows, value_rows;
@@ -369,10 +417,12 @@ struct TileGradSm90 {
         fence_registers(grad_value);
         fence_registers(grad_key);
         pack_tile(value_rows, grad_value);
+        subtract_keys(grad_key, window.key, members);
         pack_tile(key_rows, grad_key);
         warpgroup_wait();
         fence_registers(grad_query);
         pack_tile(query_rows, grad_query);
+        if (plan.has_terms) release(&shared.terms_empty[warpgroup]);
         warpgroup_sync(warpgroup); // all are done with the rows
         put(value_rows, window.value);
         put(key_rows, window.key);
@@ -380,34 +430,29 @@ struct TileGradSm90 {
         fence_async_proxy();
     }
 
-    // By which the terms of chunks are multiplied for keys, values and the means, and the keys themselves.
-    __device__ void find_factors(Factor& key, Factor& value, Factor& mean, Factor (&diagonal)[4],
-                                 const int2& in_chunk, const Numbers& numbers) const {
+    // By which the terms of chunks are multiplied for keys, values and the means.
+    __device__ void find_factors(Factor& key, Factor& value, Factor& mean, const TokenBox& box,
+                                 const uint32_t (&members)[2]) const {
         const auto half = [](int column) { return column % 2 ? 0xffff0000u : 0xffffu; };
-        const int warp = threadIdx.x % kWarpgroupSize / kWarpSize, group = threadIdx.x % kWarpSize / 4;
-        const uint32_t on_diagonal = (group & ~1) == score_column() ? half(group) : 0;
+        const int in_chunk_y = box.y0 % plan.chunk_height, in_chunk_x = box.x0 % plan.chunk_width;
         const uint32_t one = pack<S>(1, 1);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const BoxShape& shape = plan.windows.queries;
             const int row = score_row() + 8 * r, y = divide(row, shape.width_reciprocal);
-            const int chunk = divide(in_chunk.x + y, plan.chunk_height_reciprocal) * plan.chunks_width +
-                              divide(in_chunk.y + row - y * shape.width, plan.chunk_width_reciprocal);
-            const uint32_t weight = pack<S>(numbers.chunk_weight[r], numbers.chunk_weight[r]),
-                           grad = pack<S>(numbers.chunk_grad[r], numbers.chunk_grad[r]);
+            const int chunk = divide(in_chunk_y + y, plan.chunk_height_reciprocal) * plan.chunks_width +
+                              divide(in_chunk_x + row - y * shape.width, plan.chunk_width_reciprocal);
+            const uint32_t weight = __byte_perm(members[r], 0, 0x1010),
+                           grad = __byte_perm(members[r], 0, 0x3232);
 #pragma unroll
             for (int i = 0; i < 2; ++i) { // columns score_column() + 8 i and one further
                 const uint32_t is_member = (chunk & ~1) == score_column() + 8 * i ? half(chunk) : 0;
                 key[2 * i + r] = grad & is_member;
                 value[2 * i + r] = weight & is_member;
                 mean[2 * i + r] = one & is_member;
-#pragma unroll
-                for (int k = 0; k < 4; ++k)
-                    diagonal[k][2 * i + r] = i == r && k == warp ? (grad ^ 0x80008000u) & on_diagonal : 0;
             }
         }
         fence_factor(key), fence_factor(value), fence_factor(mean);
-        for (Factor& factor : diagonal) fence_factor(factor);
     }
     // Keeps the compiler from computing it between products.
     __device__ static void fence_factor(Factor& factor) {
@@ -421,14 +466,36 @@ struct TileGradSm90 {
 #pragma unroll
             for (int r = 0; r < 2; ++r) to[n / 2][n % 2 * 2 + r] = pack<S>(x[n][2 * r], x[n][2 * r + 1]);
     }
+    // A row of a tile that the lane names to the instructions for matrices, of 16 columns.
+    __device__ static int matrix_row() {
+        return threadIdx.x % kWarpgroupSize / kWarpSize * 16 + threadIdx.x % 16;
+    }
+    __device__ static S* matrix_unit(S* tile) {
+        return Tile<S, kTile>{tile}.unit(matrix_row(), threadIdx.x % kWarpSize / 16);
+    }
     // The rows of a window into a tile.
     __device__ void put(const Operand& x, S* tile) const {
-        const int lane = threadIdx.x % kWarpSize;
-        const int row = threadIdx.x % kWarpgroupSize / kWarpSize * 16 + lane % 16;
-        const uint32_t to = shared_address(
-            row < plan.windows.queries.size() ? Tile<S, kTile>{tile}.unit(row, lane / 16) : shared.padding);
+        const uint32_t to =
+            shared_address(matrix_row() < plan.windows.queries.size() ? matrix_unit(tile) : shared.padding);
 #pragma unroll
         for (int k = 0; k < kTile / 16; ++k) store_matrix(to ^ 32 * k, x[k]);
+    }
+    // What keys as members of chunks take from their own gradients.
+    __device__ static void subtract_keys(ScoreTile& grad_key, S* key, const uint32_t (&members)[2]) {
+        const float chunk_grad[] = {unpack<S>(members[0]).y, unpack<S>(members[1]).y};
+        const uint32_t from = shared_address(matrix_unit(key));
+#pragma unroll
+        for (int k = 0; k < kTile / 16; ++k) {
+            uint32_t x[4];
+            load_matrix(x, from ^ 32 * k);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float2 pair = unpack<S>(x[i]);
+                float* const to = &grad_key[2 * k + i / 2][i % 2 * 2];
+                to[0] -= chunk_grad[i % 2] * pair.x;
+                to[1] -= chunk_grad[i % 2] * pair.y;
+            }
+        }
     }
 
     __device__ static void consumers_sync() {
@@ -440,7 +507,7 @@ struct TileGradSm90 {
         fill_bias_table<Traits::kConsumers>(p, plan.windows, head, shared.bias_table,
                                             1.0f / static_cast<float>(p.scale));
         consumers_sync();
-        fill_bias_tile<Traits::kWarpgroups>(plan.windows, shared.bias_table, shared.bias_tile);
+        fill_bias_tile<Traits::kWarpgroups, true>(plan.windows, shared.bias_table, shared.bias_tile);
         consumers_sync();
     }
 
@@ -464,7 +531,7 @@ struct TileGradSm90 {
             for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    float& sum = shared.bias_sum[8 * n + score_column() + e % 2][score_row() + e / 2 * 8];
+                    float& sum = shared.bias_sum[score_row() + e / 2 * 8][8 * n + score_column() + e % 2];
                     sum = (turn == 0 ? 0 : sum) + grad_bias[n][e];
                     grad_bias[n][e] = 0;
                 }
@@ -498,7 +565,11 @@ __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize,
             warpgroup_give_registers<Traits::kServiceRegisters>();
             if (role == 0 && threadIdx.x % kWarpSize == 0) gradients.load();
             if (role == 1 && threadIdx.x % kWarpSize == 0) gradients.store();
-            if (role == 2) gradients.clear_bias_pieces();
+            if (role == 2) {
+                gradients.load_numbers();
+                gradients.clear_bias_pieces();
+            }
+            if (role == 3 && plan.has_terms && threadIdx.x % kWarpSize == 0) gradients.load_terms();
         }
     }
 }
@@ -508,7 +579,8 @@ template <class Traits>
 bool launch_window_attention_bwd_tile_sm90(const AttentionParams& p, cudaStream_t stream) {
     const Geometry& g = p.shape.geometry;
     const auto kernel = window_attention_bwd_tile_sm90_kernel<Traits>;
-    const Windows w = Windows::of(p);
+    Windows w = Windows::of(p);
+    w.table_size = w.table_height * w.table_width; // no place is hidden
     // At most, of windows and chunks that begin at multiples of their sizes.
     const auto count_chunks = [](int64_t window, int64_t chunk) {
         return (chunk - std::gcd(window, chunk) + window - 1) / chunk + 1;

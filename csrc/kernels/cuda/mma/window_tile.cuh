@@ -15,16 +15,16 @@ __device__ inline int score_row() {
 }
 __device__ inline int score_column() { return threadIdx.x % 4 * 2; }
 
-// From the table of a head, by kWarpgroups.
-template <int kWarpgroups>
+// From the table of a head, by kWarpgroups; rows are queries unless transposed.
+template <int kWarpgroups, bool kIsTransposed = false>
 __device__ inline void fill_bias_tile(const Windows& w, const float* table, float4* tile) {
-    const int row = score_row();
     for (int n = threadIdx.x / kWarpgroupSize; n < 8; n += kWarpgroups) {
         float bias[4];
         for (int i = 0; i < 4; ++i) {
-            const int column = 8 * n + score_column() + i % 2;
-            const int place = column < w.keys.size() ? w.key_place(column) : w.hidden;
-            bias[i] = table[place - w.query_place(min(row + i / 2 * 8, w.queries.size() - 1))];
+            const int row = score_row() + i / 2 * 8, column = 8 * n + score_column() + i % 2;
+            const int query = kIsTransposed ? column : row, key = kIsTransposed ? row : column;
+            const int from = min(query, w.queries.size() - 1);
+            bias[i] = key < w.keys.size() ? table[w.key_place(key) - w.query_place(from)] : -kInfinity;
         }
         tile[n * kWarpgroupSize + threadIdx.x % kWarpgroupSize] = float4{bias[0], bias[1], bias[2], bias[3]};
     }
