@@ -1,7 +1,6 @@
 #include "ops/chunk_summary.h"
 
 #include "ops/autocast.h"
-#include "ops/autograd.h"
 #include "ops/schema.h"
 
 namespace eva_attn {
@@ -76,11 +75,6 @@ TORCH_LIBRARY_FRAGMENT(eva_attn, m) {
 }
 
 TORCH_LIBRARY_IMPL(eva_attn, Meta, m) { ChunkSummaryBackend<run_forward, run_backward>::implement(m); }
-
-TORCH_LIBRARY_IMPL(eva_attn, Autograd, m) {
-    m.impl("chunk_summary", &AutogradForward<ChunkSummary>::call);
-    m.impl("chunk_summary_backward", &AutogradBackward<ChunkSummary>::call);
-}
 
 TORCH_LIBRARY_IMPL(eva_attn, AutocastCPU, m) {
     m.impl("chunk_summary", &Autocast<ChunkSummary, at::kCPU>::forward);

@@ -3,7 +3,6 @@
 #include <ATen/ops/as_strided.h>
 
 #include "ops/autocast.h"
-#include "ops/autograd.h"
 #include "ops/chunk_summary.h"
 #include "ops/schema.h"
 
@@ -100,13 +99,6 @@ TORCH_LIBRARY_FRAGMENT(eva_attn, m) {
 }
 
 TORCH_LIBRARY_IMPL(eva_attn, Meta, m) { EvaAttentionBackend<run_forward, run_backward>::implement(m); }
-
-TORCH_LIBRARY_IMPL(eva_attn, Autograd, m) {
-    m.impl("eva_attention", &AutogradForward<EvaAttention>::call);
-    m.impl("eva_attention_backward", &AutogradBackward<EvaAttention>::call);
-    m.impl("eva_attention_qkvpacked", &AutogradForward<EvaAttentionQkvpacked>::call);
-    m.impl("eva_attention_qkvpacked_backward", &AutogradBackward<EvaAttentionQkvpacked>::call);
-}
 
 TORCH_LIBRARY_IMPL(eva_attn, AutocastCPU, m) {
     m.impl("eva_attention", &Autocast<EvaAttention, at::kCPU>::forward);

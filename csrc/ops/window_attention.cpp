@@ -1,7 +1,6 @@
 #include "ops/window_attention.h"
 
 #include "ops/autocast.h"
-#include "ops/autograd.h"
 #include "ops/schema.h"
 
 namespace eva_attn {
@@ -61,11 +60,6 @@ TORCH_LIBRARY_FRAGMENT(eva_attn, m) {
 }
 
 TORCH_LIBRARY_IMPL(eva_attn, Meta, m) { WindowAttentionBackend<run_forward, run_backward>::implement(m); }
-
-TORCH_LIBRARY_IMPL(eva_attn, Autograd, m) {
-    m.impl("window_attention", &AutogradForward<WindowAttention>::call);
-    m.impl("window_attention_backward", &AutogradBackward<WindowAttention>::call);
-}
 
 TORCH_LIBRARY_IMPL(eva_attn, AutocastCPU, m) {
     m.impl("window_attention", &Autocast<WindowAttention, at::kCPU>::forward);
