@@ -25,8 +25,8 @@ void Backward<S>::chunk_summary(const SummaryParams& p, cudaStream_t stream) {
 
 template <class S>
 int64_t Backward<S>::projection_pieces(const SummaryParams& p) {
-    if (has_few_members(p)) return count_few_members_blocks(p);
-    if (has_fused_gradient(p)) return count_fused_blocks(p);
+    if (has_few_members(p)) return count_blocks_in_turn<FewMembersGradTraits>(p);
+    if (has_fused_gradient(p)) return count_blocks_in_turn<FusedGradTraits>(p);
     return p.shape.head_dim <= 64 ? count_projection_pieces<S, 64>(p) : count_projection_pieces<S, 128>(p);
 }
 

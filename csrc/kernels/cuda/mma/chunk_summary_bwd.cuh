@@ -247,6 +247,10 @@ struct ChunkSoftmax {
             sum_k.x[i] += weight * key.x[i];
         }
     }
+    // A token's, where `inverse` is that of the sum.
+    __device__ float weight(float logit, float inverse) const {
+        return logit == -kInfinity ? 0.0f : exp2_approx(logit - maximum) * inverse;
+    }
     // Adds what the groups of lanes hold that are `offset` lanes away.
     __device__ void combine(int offset) {
         const auto shuffle = [offset](float x) { return __shfl_xor_sync(0xffffffffu, x, offset); };
@@ -420,7 +424,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         if (token < 0) continue;
         const float logit = one_batch ? kept_logit : token_weight[token];
         const float token_g = one_batch ? kept_g : token_grad[token];
-        const float weight = logit == -kInfinity ? 0.0f : exp2_approx(logit - softmax.maximum) * inverse;
+        const float weight = softmax.weight(logit, inverse);
         token_weight[token] = weight;
         token_grad[token] = scale * weight * (token_g - mean_g);
     }
@@ -565,10 +569,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         if (!p.has_projection) continue;
         __syncthreads();
 
-        float product[kRowTiles][2][4];
-        multiply_weight<false, kGradientHalves<S>>(product, grads, shared.weights.linear(), 16 * warp);
-        store_product(out, product, shared.factor, count, 16 * warp, head_dim);
-        linear_gradient.template add<kRowTiles, kGradientHalves<S>>(grads, means, 16 * warp, count);
+        linear_backward<S, kRowTiles>(grads, means, shared.weights.linear(), 16 * warp, count, shared.factor,
+                                      out, head_dim, linear_gradient);
         __syncthreads();
     }
 
@@ -622,6 +624,18 @@ SummaryGradPlan plan_chunk_summary_bwd(const SummaryParams& p) {
 template <class S, int kHeadDim>
 int64_t count_projection_pieces(const SummaryParams& p) {
     return count_projection_blocks<ProjectionTraits<S, kHeadDim>>(plan_chunk_summary_bwd<S, kHeadDim>(p));
+}
+
+// For kernels of which a block takes tiles of kRows chunks in turn.
+template <class Traits>
+int64_t count_tiles(const SummaryParams& p) {
+    return detail::ceil_div(p.shape.batch * p.shape.heads * p.shape.geometry.num_chunks(), Traits::kRows);
+}
+// How many blocks: the fewest that end as soon as what fills the GPUs of the day, by the shape alone.
+template <class Traits>
+int64_t count_blocks_in_turn(const SummaryParams& p) {
+    const int64_t tiles = detail::max(1, count_tiles<Traits>(p));
+    return detail::ceil_div(tiles, detail::ceil_div(tiles, 132 * Traits::kCtasPerSm));
 }
 
 template <class S, int kHeadDim>

@@ -93,9 +93,6 @@ __global__ void __launch_bounds__(FewMembersGradTraits::kThreads, FewMembersGrad
     const auto gradient_row = [&](const void* pieces, int index, int bh) {
         return static_cast<const float*>(pieces) + landmark_row(p, plan, index, bh) * head_dim + column;
     };
-    const auto load_gradient = [&](const void* pieces, int index, int bh) {
-        return load_pieces(gradient_row(pieces, index, bh), p);
-    };
 
     Chunk next = load(kRows * blockIdx.x + row);
     for (int branch = 0; branch < projected; ++branch)
@@ -114,7 +111,7 @@ __global__ void __launch_bounds__(FewMembersGradTraits::kThreads, FewMembersGrad
         };
 
         Float8 grad_beta{}, mean[2] = {};
-        if (exists) grad_beta = load_gradient(p.grad_landmark_value, index, chunk.bh);
+        if (exists) grad_beta = load_pieces(gradient_row(p.grad_landmark_value, index, chunk.bh), p);
         if (exists && has_mu) mean[1] = load8(static_cast<const float*>(p.query_mean) + at);
         copy_wait<0>();
         store_row(p.grad_beta, grad_beta);
@@ -209,7 +206,7 @@ __global__ void __launch_bounds__(FewMembersGradTraits::kThreads, FewMembersGrad
                 make_float2(total > 0 ? (largest + log2_approx(total)) * kLn2 : 0.0f, mean_g);
         Float8 grad[2] = {grad_mu, grad_mu};
         if (exists) {
-            const Float8 grad_key = load_gradient(p.grad_landmark_key, index, chunk.bh);
+            const Float8 grad_key = load_pieces(gradient_row(p.grad_landmark_key, index, chunk.bh), p);
 #pragma unroll
             for (int i = 0; i < 8; ++i) grad[0].x[i] += grad_key.x[i];
         }
@@ -241,16 +238,11 @@ __global__ void __launch_bounds__(FewMembersGradTraits::kThreads, FewMembersGrad
         if (projected == 0) continue;
         __syncthreads();
         if (warp_branch < projected) {
-            const Rows grads{{shared.grad[warp_branch]}};
-            const int rows = min(kRows, plan.total - first);
-            float product[kRowTiles][2][4];
-            multiply_weight<false, kGradientHalves<S>>(product, grads, shared.weights[warp_branch].linear(),
-                                                       warp_column);
-            store_product(static_cast<S*>(warp_branch ? p.grad_query_mean : p.grad_key_mean) +
-                              int64_t{first} * head_dim,
-                          product, shared.factor, rows, warp_column, head_dim);
-            linear_gradient.template add<kRowTiles, kGradientHalves<S>>(
-                grads, Rows{{shared.mean[warp_branch]}}, warp_column, rows);
+            S* const out = static_cast<S*>(warp_branch ? p.grad_query_mean : p.grad_key_mean);
+            linear_backward<S, kRowTiles>(Rows{{shared.grad[warp_branch]}}, Rows{{shared.mean[warp_branch]}},
+                                          shared.weights[warp_branch].linear(), warp_column,
+                                          min(kRows, plan.total - first), shared.factor,
+                                          out + int64_t{first} * head_dim, head_dim, linear_gradient);
         }
         __syncthreads();
     }
@@ -274,16 +266,6 @@ inline bool has_few_members(const SummaryParams& p) {
            g.chunk_height * g.chunk_width <= FewMembersGradTraits::kMembers;
 }
 
-// How many blocks take turns on the chunks: the fewest that end as soon as what fills the GPUs of the day, by
-// the shape alone.
-inline int64_t count_few_members_blocks(const SummaryParams& p) {
-    using Traits = FewMembersGradTraits;
-    const int64_t tiles =
-        detail::ceil_div(p.shape.batch * p.shape.heads * p.shape.geometry.num_chunks(), Traits::kRows);
-    const int64_t rounds = detail::ceil_div(detail::max(1, tiles), 132 * Traits::kCtasPerSm);
-    return detail::max(1, detail::ceil_div(tiles, rounds));
-}
-
 template <class S>
 bool launch_chunk_summary_bwd_few(const SummaryParams& p, cudaStream_t stream) {
     using Traits = FewMembersGradTraits;
@@ -294,7 +276,7 @@ bool launch_chunk_summary_bwd_few(const SummaryParams& p, cudaStream_t stream) {
                                                : chunk_summary_bwd_few_kernel<S, false>;
     static LimitsOf limits_of[2];
     limits_of[p.has_query_projection](kernel);
-    kernel<<<static_cast<unsigned>(count_few_members_blocks(p)), Traits::kThreads, sizeof(Traits::Shared),
+    kernel<<<static_cast<unsigned>(count_blocks_in_turn<Traits>(p)), Traits::kThreads, sizeof(Traits::Shared),
              stream>>>(p, plan);
     return true;
 }

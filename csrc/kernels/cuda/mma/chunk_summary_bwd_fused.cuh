@@ -120,11 +120,9 @@ __global__ void __launch_bounds__(FusedGradTraits::kThreads, FusedGradTraits::kC
     const auto next_chunk = [&](int index) {
         return passes > kUnroll * (kSlots - 1) ? ahead.chunk : chunk_of(index);
     };
-    const auto gradient_row = [&](const void* pieces, int index, int bh) {
-        return static_cast<const float*>(pieces) + landmark_row(p, plan, index, bh) * head_dim + column;
-    };
     const auto load_gradient = [&](const void* pieces, int index, int bh) {
-        return load_pieces(gradient_row(pieces, index, bh), p);
+        return load_pieces(
+            static_cast<const float*>(pieces) + landmark_row(p, plan, index, bh) * head_dim + column, p);
     };
     const auto* const saved_mean = static_cast<const float*>(branch ? p.query_mean : p.key_mean);
     const bool has_mean = branch == 0 || has_mu;
@@ -232,7 +230,7 @@ __global__ void __launch_bounds__(FusedGradTraits::kThreads, FusedGradTraits::kC
             if (token < 0) continue;
             const float logit = one_batch ? kept_logit : token_weight[token];
             const float token_g = one_batch ? kept_g : token_grad[token];
-            const float weight = logit == -kInfinity ? 0.0f : exp2_approx(logit - softmax.maximum) * inverse;
+            const float weight = softmax.weight(logit, inverse);
             token_weight[token] = weight;
             token_grad[token] = scale * weight * (token_g - mean_g);
         }
@@ -259,16 +257,11 @@ __global__ void __launch_bounds__(FusedGradTraits::kThreads, FusedGradTraits::kC
         if (unit == 0) shared.factor[row] = factor;
         __syncthreads();
         if (warp_branch < projected) {
-            const Rows rows{{shared.grad[warp_branch]}};
-            const int count = min(kRows, plan.total - first);
-            float product[1][2][4];
-            multiply_weight<false, kGradientHalves<S>>(product, rows, shared.weights[warp_branch].linear(),
-                                                       warp_column);
-            store_product(static_cast<S*>(warp_branch ? p.grad_query_mean : p.grad_key_mean) +
-                              int64_t{first} * head_dim,
-                          product, shared.factor, count, warp_column, head_dim);
-            linear_gradient.template add<1, kGradientHalves<S>>(rows, Rows{{shared.mean[warp_branch]}},
-                                                                warp_column, count);
+            S* const out = static_cast<S*>(warp_branch ? p.grad_query_mean : p.grad_key_mean);
+            linear_backward<S, 1>(Rows{{shared.grad[warp_branch]}}, Rows{{shared.mean[warp_branch]}},
+                                  shared.weights[warp_branch].linear(), warp_column,
+                                  min(kRows, plan.total - first), shared.factor,
+                                  out + int64_t{first} * head_dim, head_dim, linear_gradient);
         }
         __syncthreads();
     }
@@ -282,24 +275,13 @@ __global__ void __launch_bounds__(FusedGradTraits::kThreads, FusedGradTraits::kC
         out + (head_dim + 1) * head_dim, reinterpret_cast<float*>(shared.mean), head_dim, projected, size);
 }
 
-inline int64_t count_fused_tiles(const SummaryParams& p) {
-    return detail::ceil_div(p.shape.batch * p.shape.heads * p.shape.geometry.num_chunks(),
-                            FusedGradTraits::kRows);
-}
-
 // Few chunks of many members are better shared out by members.
 inline bool has_fused_gradient(const SummaryParams& p) {
     const Geometry& g = p.shape.geometry;
     return p.shape.head_dim <= FusedGradTraits::kHeadDim &&
-           (g.chunk_height * g.chunk_width <= FusedGradTraits::kMaxMembers || count_fused_tiles(p) >= 132) &&
+           (g.chunk_height * g.chunk_width <= FusedGradTraits::kMaxMembers ||
+            count_tiles<FusedGradTraits>(p) >= 132) &&
            (!p.has_query_projection || !p.key_projection.norm_weight == !p.query_projection.norm_weight);
-}
-
-// How many blocks take turns on the chunks: the fewest that end as soon as what fills the GPUs of the day, by
-// the shape alone.
-inline int64_t count_fused_blocks(const SummaryParams& p) {
-    const int64_t tiles = detail::max(1, count_fused_tiles(p));
-    return detail::ceil_div(tiles, detail::ceil_div(tiles, 132 * FusedGradTraits::kCtasPerSm));
 }
 
 template <class S>
@@ -311,7 +293,7 @@ bool launch_chunk_summary_bwd_fused(const SummaryParams& p, cudaStream_t stream)
     const auto kernel = chunk_summary_bwd_fused_kernel<S>;
     static LimitsOf limits;
     limits(kernel);
-    kernel<<<static_cast<unsigned>(count_fused_blocks(p)), Traits::kThreads, sizeof(Traits::Shared),
+    kernel<<<static_cast<unsigned>(count_blocks_in_turn<Traits>(p)), Traits::kThreads, sizeof(Traits::Shared),
              stream>>>(p, plan);
     return true;
 }

@@ -212,6 +212,19 @@ struct LinearGradient {
     }
 };
 
+// Back through 16 of a Linear's inputs and outputs, those from `column` onward, from the gradients of its
+// outputs: to those of its inputs times the rows' factors, in rows of S of length head_dim, and of its
+// weights.
+template <class S, int kRowTiles, int kHeadDim>
+__device__ inline void linear_backward(SplitRows<kHeadDim> grads, SplitRows<kHeadDim> inputs,
+                                       SplitRows<kHeadDim> weight, int column, int rows, const float* factors,
+                                       S* grad_inputs, int head_dim, LinearGradient<kHeadDim>& gradient) {
+    float product[kRowTiles][2][4];
+    multiply_weight<false, kGradientHalves<S>>(product, grads, weight, column);
+    store_product(grad_inputs, product, factors, rows, column, head_dim);
+    gradient.template add<kRowTiles, kGradientHalves<S>>(grads, inputs, column, rows);
+}
+
 // A row, eight columns of which each of kLanes lanes holds, becomes its deviation from its mean over its
 // standard deviation, whose reciprocal is returned. Columns that are not `inside` hold zeros and keep them.
 template <int kLanes>
