@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -156,7 +156,8 @@ def eva_attention(
     if query.dim() != 4:
         raise ValueError(f"query: expected [B, H, N, D], got shape {tuple(query.shape)}")
     key, value = expand_heads(query, key, value)
-    refuse_counts(log_count_bias, is_tangent(projection))
+    if log_count_bias:
+        refuse_counts(log_count_bias, is_tangent(projection))
     sizes, attention = _options(
         query.shape[0],
         query.shape[2],
@@ -207,7 +208,8 @@ def eva_attention_qkvpacked(
     """
     if qkv.dim() != 5:
         raise ValueError(f"qkv: expected [B, N, 3, H, D], got shape {tuple(qkv.shape)}")
-    refuse_counts(log_count_bias, is_tangent(projection))
+    if log_count_bias:
+        refuse_counts(log_count_bias, is_tangent(projection))
     sizes, attention = _options(
         qkv.shape[0],
         qkv.shape[1],
@@ -550,19 +552,27 @@ def _projection_weights(projection: "LandmarkProjection | None") -> tuple[list[T
         raise TypeError(f"projection: expected a LandmarkProjection or None, got {projection!r}")
     weights: list[Tensor | None] = []
     norm_eps = 1e-5
-    for name in ("key", "query"):
-        branch = _registered(projection, projection._modules, name)
+    # From their registries, unless something else stands in for them, as a parametrization does: ten of
+    # `Module`'s own searches take as long as to launch a kernel.
+    modules = projection._modules
+    try:
+        branches: tuple[Any, Any] = (modules["key"], modules["query"])
+    except KeyError:
+        branches = projection.key, projection.query
+    for branch in branches:
         if branch is None:
-            weights += [None] * 4
+            weights += (None, None, None, None)
             continue
         for layer in branch._modules.values():
             parameters = layer._parameters
-            weights.append(_registered(layer, parameters, "weight"))
-            weights.append(_registered(layer, parameters, "bias"))
+            try:
+                weights += (parameters["weight"], parameters["bias"])
+            except KeyError:
+                weights += (layer.weight, layer.bias)
         if len(branch._modules) > 1:
             norm_eps = layer.eps
         else:
-            weights += [None, None]
+            weights += (None, None)
     return weights, norm_eps
 
 
@@ -577,11 +587,3 @@ def refuse_counts(log_count_bias: bool, tangent: bool) -> None:
         raise ValueError(
             "log_count_bias: expected False with projection = 'tangent', whose entropy stands in for it"
         )
-
-
-def _registered(module: torch.nn.Module, registry: Mapping[str, Any], name: str) -> Any:
-    """`module.name`, which is found there unless something else stands in for it, as a parametrization does.
-
-    Ten of `Module`'s own searches take as long as to launch a kernel.
-    """
-    return registry[name] if name in registry else getattr(module, name)

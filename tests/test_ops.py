@@ -157,34 +157,42 @@ def test_tangents_are_those_of_the_estimators(exclude: bool, device: str) -> Non
 
 @on_devices
 def test_what_is_returned_beside_the_output(device: str) -> None:
-    """Log-sum-exp of the joint logits and means of the chunks, in the accumulation type, without gradient."""
+    """Log-sum-exp of the joint logits, landmarks, and means of chunks in the accumulation type, no gradients.
+
+    Of few 16-bit members only the mean of queries, rounded, beside landmarks.
+    """
     case = replace(FIXED["one window"], bias="none")
     given = op_cases.arguments(case, device)
     query, key, value = given.qkv()
     scores = (query @ key.mT * 8**-0.5).logsumexp(-1)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        output, logsumexp, landmark_key, landmark_value, key_mean, query_mean, entropy = (
-            torch.ops.eva_attn.eva_attention(
-                *(x.to(dtype) for x in (query, key, value)),
-                grid_size=(1, 11),
-                window_size=(1, 64),
-                chunk_size=(1, 16),
-                exclude_window_landmarks=True,
-            )
+        rows = [x.to(dtype) for x in (query, key, value)]
+        options = {"grid_size": (1, 11), "window_size": (1, 64), "exclude_window_landmarks": True}
+        output, logsumexp, landmarks, statistics = torch.ops.eva_attn.eva_attention(
+            *rows, chunk_size=(1, 16), **options
         )
         accumulated = torch.float64 if dtype == torch.float64 else torch.float32
-        assert output.dtype == landmark_key.dtype == landmark_value.dtype == dtype
-        assert logsumexp.dtype == key_mean.dtype == query_mean.dtype == accumulated
+        assert output.dtype == landmarks.dtype == dtype
+        assert logsumexp.dtype == statistics.dtype == accumulated
         assert logsumexp.shape == (2, 2, 11)
-        assert entropy.shape == (2, 2, 0)
+        assert landmarks.shape == (2, 2, 2, 1, 8)
+        key_mean, query_mean = statistics.view(2, 2, 2, 1, 8)
         # The inputs are rounded to bfloat16, 2**-8, and their products are summed.
         bound = EXACT if dtype == torch.float64 else 0.05
         torch.testing.assert_close(logsumexp.double(), scores, rtol=0.0, atol=bound)
         torch.testing.assert_close(key_mean.double(), key.mean(2, keepdim=True), rtol=0.0, atol=bound)
         torch.testing.assert_close(query_mean.double(), query.mean(2, keepdim=True), rtol=0.0, atol=bound)
         assert output.requires_grad
-        beside = (logsumexp, landmark_key, landmark_value, key_mean, query_mean)
-        assert not any(x.requires_grad for x in beside)
+        assert not any(x.requires_grad for x in (logsumexp, landmarks, statistics))
+        _, _, landmarks, statistics = torch.ops.eva_attn.eva_attention(*rows, chunk_size=(1, 4), **options)
+        if dtype.itemsize == 2:
+            assert len(statistics) == 0
+            query_mean = landmarks[2]
+        else:
+            query_mean = statistics.view(2, 2, 2, 3, 8)[1]
+        torch.testing.assert_close(
+            query_mean[:, :, 0].double(), query[:, :, :4].mean(2), rtol=0.0, atol=bound
+        )
 
 
 def test_parametrized_projection() -> None:

@@ -10,13 +10,14 @@
 namespace eva_attn::cpu {
 
 Summary::Summary(const Call& call, const Geometry& geometry, const Tensor& key_mean, const Tensor& query_mean,
-                 const Tensor& landmark_entropy)
+                 const OptionalTensor& landmark_entropy)
     : kernels_(kernels_for(call.query.scalar_type())),
       key_projection_(projection_tensors(call.summary.key, key_mean.scalar_type())),
       query_projection_(projection_tensors(call.summary.query, key_mean.scalar_type())),
       mask_(contiguous(call.key_padding_mask, at::kBool)),
       noise_(contiguous(call.summary.noise, key_mean.scalar_type())), key_mean_(key_mean.contiguous()),
-      query_mean_(query_mean.contiguous()), landmark_entropy_(landmark_entropy.contiguous()),
+      query_mean_(query_mean.contiguous()),
+      landmark_entropy_(contiguous(landmark_entropy, key_mean.scalar_type())),
       params_{
           .shape = shape_of(call, geometry),
           .first_head = 0,

@@ -8,7 +8,7 @@ namespace eva_attn::cpu {
 class Summary {
   public:
     Summary(const Call& call, const Geometry& geometry, const Tensor& key_mean, const Tensor& query_mean,
-            const Tensor& landmark_entropy);
+            const OptionalTensor& landmark_entropy);
 
     Stage forward(const Tensor& landmark_key, const Tensor& landmark_value);
     // Landmark gradients [heads, pieces, at least C, padded D], of `heads` of all B H at once, and those of

@@ -1,6 +1,7 @@
 #include "cuda/chunk_summary.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -8,14 +9,13 @@
 
 namespace eva_attn::cuda {
 
-Summary::Summary(const Call& call, const Geometry& geometry, const Tensor& key_mean, const Tensor& query_mean,
-                 const Tensor& landmark_entropy)
+Summary::Summary(const Call& call, const Geometry& geometry, const SummaryResults& results)
     : dtype_(kernel_dtype(call.query.scalar_type())), row_dtype_(call.query.scalar_type()),
-      key_projection_(projection_tensors(call.summary.key, key_mean.scalar_type())),
-      query_projection_(projection_tensors(call.summary.query, key_mean.scalar_type())),
+      accumulation_(accumulation_dtype(row_dtype_)), device_(call.query.device()),
+      key_projection_(projection_tensors(call.summary.key, accumulation_)),
+      query_projection_(projection_tensors(call.summary.query, accumulation_)),
       mask_(contiguous(call.key_padding_mask, at::kBool)),
-      noise_(contiguous(call.summary.noise, key_mean.scalar_type())), key_mean_(key_mean.contiguous()),
-      query_mean_(query_mean.contiguous()), landmark_entropy_(landmark_entropy.contiguous()),
+      noise_(contiguous(call.summary.noise, accumulation_)),
       params_{
           .shape = checked_shape(call, geometry),
           .query = rows(call.query),
@@ -32,27 +32,54 @@ Summary::Summary(const Call& call, const Geometry& geometry, const Tensor& key_m
           .mu_scale = call.summary.tangent || geometry.is_causal ? 1 : 0.5,
           .norm_eps = call.summary.norm_eps,
           .mean_divisor = call.summary.mean_divisor.guard_int(__FILE__, __LINE__),
-          .key_mean = data(key_mean_),
-          .query_mean = data(query_mean_),
-          .landmark_entropy = data(landmark_entropy_),
+          .landmark_key = results.landmark_key,
+          .landmark_value = results.landmark_value,
+          .key_mean = results.key_mean,
+          .query_mean = results.query_mean,
+          .rounded_mean = results.key_mean == nullptr,
+          .landmark_entropy = results.landmark_entropy,
       } {}
 
-void Summary::forward(const Tensor& landmark_key, const Tensor& landmark_value, cudaStream_t stream) {
-    params_.landmark_key = data(landmark_key);
-    params_.landmark_value = data(landmark_value);
-    forward_for(dtype_, params_)(dtype_, params_, stream);
+Tensor Summary::empty(at::IntArrayRef sizes) const {
+    return at::empty(sizes, at::dtype(accumulation_).device(device_));
+}
+
+void Summary::allocate_means() {
+    const Shape& shape = params_.shape;
+    means_ = empty({2, shape.batch * shape.heads, shape.geometry.num_chunks(), shape.head_dim});
+    params_.key_mean = data(means_);
+    params_.query_mean = data(means_.select(0, 1));
+    params_.rounded_mean = false;
+}
+
+void Summary::forward(cudaStream_t stream) {
+    const SummaryForward forward = forward_for(dtype_, params_);
+    if (!params_.rounded_mean || forward != &simt::chunk_summary_fwd) return forward(dtype_, params_, stream);
+    void* const rounded = params_.query_mean;
+    allocate_means();
+    forward(dtype_, params_, stream);
+    const Tensor query_mean = means_.select(0, 1);
+    if (query_mean.numel() == 0) return;
+    at::from_blob(rounded, query_mean.sizes(), query_mean.options().dtype(row_dtype_)).copy_(query_mean);
 }
 
 void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landmark_value,
                        const Tensor& grad_landmark_entropy, const Tensors<8>& grad_weights,
-                       cudaStream_t stream) {
+                       cudaStream_t stream, Room& room) {
     const Shape& shape = params_.shape;
     const Geometry& geometry = shape.geometry;
-    const auto options = key_mean_.options();
-    const auto empty = [&](at::IntArrayRef sizes) { return at::empty(sizes, options); };
+    const auto options = at::dtype(accumulation_).device(device_);
     const int64_t heads = shape.batch * shape.heads, num_chunks = geometry.num_chunks();
     const SummaryBackward backward = backward_for(dtype_, params_);
     const int64_t per_chunk[] = {heads, num_chunks, shape.head_dim};
+    if (params_.rounded_mean && !backward.on_tensor_cores) {
+        const Tensor landmarks = at::empty({2, heads, num_chunks, shape.head_dim}, options.dtype(row_dtype_));
+        allocate_means();
+        SummaryParams again = params_;
+        again.landmark_key = data(landmarks);
+        again.landmark_value = data(landmarks.select(0, 1));
+        forward_for(dtype_, again)(dtype_, again, stream);
+    }
     rounded_terms_ = backward.on_tensor_cores;
     const auto row_options = rounded_terms_ ? options.dtype(row_dtype_) : options;
     for (Tensor* term : {&omega_, &grad_beta_}) *term = at::empty(per_chunk, row_options);
@@ -77,7 +104,8 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
     }
     if (params_.has_projection) {
         params_.projection_pieces = backward.projection_pieces(dtype_, params_);
-        grad_projections = empty({params_.projection_pieces, 2, shape.head_dim + 3, shape.head_dim});
+        const int64_t sizes[] = {params_.projection_pieces, 2, shape.head_dim + 3, shape.head_dim};
+        grad_projections = room.empty(sizes, options);
         if (!backward.on_tensor_cores) projection_rows = empty({2, 3, heads, num_chunks, shape.head_dim});
     }
 
@@ -104,7 +132,7 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
     };
     const auto& [key_weight, key_bias, key_norm_weight, key_norm_bias, query_weight, query_bias,
                  query_norm_weight, query_norm_bias] = grad_weights;
-    sum_projection_gradients(kernel_dtype(key_mean_.scalar_type()),
+    sum_projection_gradients(kernel_dtype(accumulation_),
                              ProjectionGradients{
                                  .terms = data(grad_projections),
                                  .pieces = params_.projection_pieces,
@@ -136,21 +164,31 @@ ChunkTerms Summary::chunk_terms(bool for_tensor_cores) {
 
 namespace {
 
-void forward(const Call& call, const Tensors<5>& outputs) {
+// All are contiguous.
+SummaryResults results_in(const Tensors<5>& outputs) {
     const auto& [landmark_key, landmark_value, key_mean, query_mean, landmark_entropy] = outputs;
+    return {.landmark_key = data(landmark_key),
+            .landmark_value = data(landmark_value),
+            .key_mean = data(key_mean),
+            .query_mean = data(query_mean),
+            .landmark_entropy = data(landmark_entropy)};
+}
+
+void forward(const Call& call, const Tensors<5>& outputs) {
     run(ChunkSummary::kName, call, [&](cudaStream_t stream) {
-        Summary(call, concrete(call.geometry), key_mean, query_mean, landmark_entropy)
-            .forward(landmark_key, landmark_value, stream);
+        Summary(call, concrete(call.geometry), results_in(outputs)).forward(stream);
     });
 }
 
 void backward(const Call& call, const OptionalTensor& grad_landmark_key,
               const OptionalTensor& grad_landmark_value, const OptionalTensor& grad_landmark_entropy,
-              const Tensors<5>& outputs, const Tensors<11>& gradients) {
+              const Tensors<5>& given_outputs, const Tensors<11>& gradients) {
+    const auto outputs =
+        std::apply([](const auto&... output) { return Tensors<5>(output.contiguous()...); }, given_outputs);
     const auto& [landmark_key, landmark_value, key_mean, query_mean, landmark_entropy] = outputs;
     const auto& [grad_query, grad_key, grad_value, w0, w1, w2, w3, w4, w5, w6, w7] = gradients;
     run(ChunkSummary::kBackwardName, call, [&](cudaStream_t stream) {
-        Summary summary(call, concrete(call.geometry), key_mean, query_mean, landmark_entropy);
+        Summary summary(call, concrete(call.geometry), results_in(outputs));
         const SummaryParams& params = summary.params();
         const Shape& shape = params.shape;
         const auto incoming = [&](const OptionalTensor& gradient) {
@@ -163,8 +201,9 @@ void backward(const Call& call, const OptionalTensor& grad_landmark_key,
         const Tensor landmark_value_terms = incoming(grad_landmark_value);
         const Tensor entropy_terms =
             grad_landmark_entropy ? grad_landmark_entropy->contiguous() : at::zeros_like(landmark_entropy);
+        Room none;
         summary.backward(landmark_key_terms, landmark_value_terms, entropy_terms,
-                         {w0, w1, w2, w3, w4, w5, w6, w7}, stream);
+                         {w0, w1, w2, w3, w4, w5, w6, w7}, stream, none);
         simt::chunk_terms(kernel_dtype(call.query.scalar_type()),
                           TermsParams{
                               .shape = shape,

@@ -7,24 +7,30 @@ namespace eva_attn::cuda {
 // A summary's params and the tensors that they point into.
 class Summary {
   public:
-    Summary(const Call& call, const Geometry& geometry, const Tensor& key_mean, const Tensor& query_mean,
-            const Tensor& landmark_entropy);
+    Summary(const Call& call, const Geometry& geometry, const SummaryResults& results);
 
-    void forward(const Tensor& landmark_key, const Tensor& landmark_value, cudaStream_t stream);
+    void forward(cudaStream_t stream);
     // Landmark gradients [B H, pieces, at least C, D], and those of tangents' entropies [B H, pieces, C];
     // writes the gradients of the weights.
     void backward(const Tensor& grad_landmark_key, const Tensor& grad_landmark_value,
-                  const Tensor& grad_landmark_entropy, const Tensors<8>& grad_weights, cudaStream_t stream);
+                  const Tensor& grad_landmark_entropy, const Tensors<8>& grad_weights, cudaStream_t stream,
+                  Room& room);
 
     // After backward: what the tokens' gradients need, for which tensor cores want it rounded.
     ChunkTerms chunk_terms(bool for_tensor_cores);
     const SummaryParams& params() const { return params_; }
 
   private:
+    Tensor empty(at::IntArrayRef sizes) const;
+    // Room for means that are not kept, for kernels that need them.
+    void allocate_means();
+
     DType dtype_;
     at::ScalarType row_dtype_; // of queries, keys and values
+    at::ScalarType accumulation_;
+    at::Device device_;
     ProjectionTensors key_projection_, query_projection_;
-    Tensor mask_, noise_, key_mean_, query_mean_, landmark_entropy_, grad_entropy_;
+    Tensor mask_, noise_, means_, grad_entropy_;
     Tensor omega_, grad_beta_, grad_key_mean_, grad_query_mean_, chunk_stats_, token_weight_, token_grad_;
     bool rounded_terms_ = false;
     SummaryParams params_;

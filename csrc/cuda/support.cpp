@@ -1,5 +1,6 @@
 #include "cuda/support.h"
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
 #include <c10/util/Exception.h>
 #include <limits>
@@ -80,6 +81,16 @@ Projection projection(const ProjectionTensors& tensors) {
             .bias = data(tensors.bias),
             .norm_weight = data(tensors.norm_weight),
             .norm_bias = data(tensors.norm_bias)};
+}
+
+Tensor Room::empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+    constexpr int64_t kAlignment = 256;
+    const auto size = static_cast<int64_t>(options.dtype().itemsize());
+    const int64_t end = used_ + c10::multiply_integers(sizes) * size;
+    if (!storage_ || end > static_cast<int64_t>(storage_.nbytes())) return at::empty(sizes, options);
+    const Tensor part = at::empty({0}, options).set_(storage_, used_ / size, sizes);
+    used_ = detail::ceil_div(end, kAlignment) * kAlignment;
+    return part;
 }
 
 void sum_into(Tensor out, const Tensor& terms, at::IntArrayRef dims) {

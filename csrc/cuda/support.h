@@ -40,6 +40,20 @@ struct ProjectionTensors {
 ProjectionTensors projection_tensors(const ProjectionWeights& weights, at::ScalarType accumulation);
 Projection projection(const ProjectionTensors& tensors);
 
+// Memory that only the last kernel of a backward pass writes: that of a gradient.
+class Room {
+  public:
+    Room() = default;
+    explicit Room(const Tensor& gradient) : storage_(gradient.storage()) {}
+
+    // The next part of it, where enough is left, else memory of its own.
+    Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+  private:
+    c10::Storage storage_;
+    int64_t used_ = 0; // bytes
+};
+
 // The sum along the dimensions, rounded to the dtype of `out` once.
 void sum_into(Tensor out, const Tensor& terms, at::IntArrayRef dims);
 

@@ -6,21 +6,19 @@
 #include "ops/window_attention.h"
 
 namespace eva_attn::cuda {
-Attention::Attention(const Call& call, const Geometry& geometry, const OptionalTensor& landmark_key,
-                     const OptionalTensor& landmark_value, const OptionalTensor& landmark_entropy,
-                     const Tensor& output, const Tensor& logsumexp, cudaStream_t stream)
+Attention::Attention(const Call& call, const Geometry& geometry, int64_t num_landmarks,
+                     const SummaryResults& landmarks, const Tensor& output, const Tensor& logsumexp,
+                     cudaStream_t stream)
     : dtype_(kernel_dtype(call.query.scalar_type())), stream_(stream),
-      landmark_key_(contiguous(landmark_key, call.query.scalar_type())),
-      landmark_value_(contiguous(landmark_value, call.query.scalar_type())),
+      has_entropy_(call.summary.tangent || call.attention.landmark_entropy),
       landmark_bias_(contiguous(call.attention.landmark_bias, logsumexp.scalar_type())),
-      landmark_entropy_(contiguous(landmark_entropy, logsumexp.scalar_type())),
       relative_bias_(call.attention.relative_bias ? call.attention.relative_bias->contiguous() : Tensor()),
       mask_(contiguous(call.key_padding_mask, at::kBool)), output_(output),
       logsumexp_(logsumexp.contiguous()) {
     const Shape shape = checked_shape(call, geometry);
     const OptionalTensor& dropout_seed = call.attention.dropout_seed;
     const bool exclude = call.attention.exclude_window_landmarks;
-    if (landmark_key && (mask_.defined() || exclude)) {
+    if (num_landmarks > 0 && (mask_.defined() || exclude)) {
         const int64_t batch = mask_.defined() ? shape.batch : 1;
         extents_ = at::empty({batch, geometry.num_chunks(), 4}, logsumexp.options().dtype(at::kInt));
         chunk_extents(geometry, batch, mask_data(mask_), extents_.mutable_data_ptr<int32_t>(), stream);
@@ -31,11 +29,11 @@ Attention::Attention(const Call& call, const Geometry& geometry, const OptionalT
         .query = rows(call.query),
         .key = rows(call.key),
         .value = rows(call.value),
-        .num_landmarks = landmark_key ? geometry.num_chunks() : 0,
-        .landmark_key = data(landmark_key_),
-        .landmark_value = data(landmark_value_),
+        .num_landmarks = num_landmarks,
+        .landmark_key = landmarks.landmark_key,
+        .landmark_value = landmarks.landmark_value,
         .landmark_bias = data(landmark_bias_),
-        .landmark_entropy = data(landmark_entropy_),
+        .landmark_entropy = landmarks.landmark_entropy,
         .extents = static_cast<const int32_t*>(data(extents_)),
         .extents_batch_stride = mask_.defined() ? 4 * geometry.num_chunks() : 0,
         .relative_bias_dtype = relative_bias_.defined() ? kernel_dtype(relative_bias_.scalar_type()) : dtype_,
@@ -53,28 +51,25 @@ Attention::Attention(const Call& call, const Geometry& geometry, const OptionalT
 
 void Attention::forward() const { forward_for(dtype_, params_)(dtype_, params_, stream_); }
 
-void Attention::backward_global(const Tensor& grad_output, const Tensor& room) {
+void Attention::backward_global(const Tensor& grad_output, Room& room) {
     const Shape& shape = params_.shape;
     params_.grad_output = rows(grad_output);
     backward_ = backward_for(dtype_, params_);
     params_.pieces = backward_.global_pieces(dtype_, params_);
     const int64_t heads = shape.batch * shape.heads;
     const int64_t columns = params_.num_landmarks + shape.geometry.num_prefix_tokens;
-    const int64_t count = 2 * heads * params_.pieces * columns * shape.head_dim;
+    const int64_t sizes[] = {2, heads, params_.pieces, columns, shape.head_dim};
     const auto options = logsumexp_.options();
     delta_ = at::empty_like(logsumexp_);
     // Prefix keys' gradients are read while tokens' are written.
-    const bool fits = room.defined() && backward_.on_tensor_cores && shape.geometry.num_prefix_tokens == 0 &&
-                      static_cast<size_t>(count) * sizeof(float) <= room.storage().nbytes();
-    const Tensor grad_global =
-        (fits ? at::empty({0}, options).set_(room.storage(), 0, {count}, {1}) : at::empty({count}, options))
-            .view({2, heads, params_.pieces, columns, shape.head_dim});
+    const bool is_done_before = backward_.on_tensor_cores && shape.geometry.num_prefix_tokens == 0;
+    const Tensor grad_global = is_done_before ? room.empty(sizes, options) : at::empty(sizes, options);
     grad_global_key_ = grad_global.select(0, 0);
     grad_global_value_ = grad_global.select(0, 1);
     params_.delta = data(delta_);
     params_.grad_global_key = data(grad_global_key_);
     params_.grad_global_value = data(grad_global_value_);
-    if (landmark_entropy_.defined()) {
+    if (has_entropy_) {
         grad_landmark_entropy_ = at::empty({heads, params_.pieces, params_.num_landmarks}, options);
         params_.grad_landmark_entropy = data(grad_landmark_entropy_);
     }
@@ -125,11 +120,29 @@ void Attention::backward_tokens(const ChunkTerms& chunk_terms, const Tensor& gra
 
 namespace {
 
+// The landmarks that a call was given, as kernels take them.
+struct Landmarks {
+    explicit Landmarks(const Call& call)
+        : key(contiguous(call.landmark_key, call.query.scalar_type())),
+          value(contiguous(call.landmark_value, call.query.scalar_type())),
+          entropy(contiguous(call.attention.landmark_entropy, accumulation_dtype(call.query.scalar_type()))),
+          count(call.landmark_key ? concrete(call.geometry).num_chunks() : 0) {}
+
+    SummaryResults data() const {
+        return {.landmark_key = eva_attn::data(key),
+                .landmark_value = eva_attn::data(value),
+                .landmark_entropy = eva_attn::data(entropy)};
+    }
+
+    Tensor key, value, entropy;
+    int64_t count;
+};
+
 void forward(const Call& call, const Tensors<2>& outputs) {
     const auto& [output, logsumexp] = outputs;
+    const Landmarks landmarks(call);
     run(WindowAttention::kName, call, [&](cudaStream_t stream) {
-        Attention(call, concrete(call.geometry), call.landmark_key, call.landmark_value,
-                  call.attention.landmark_entropy, output, logsumexp, stream)
+        Attention(call, concrete(call.geometry), landmarks.count, landmarks.data(), output, logsumexp, stream)
             .forward();
     });
 }
@@ -139,10 +152,12 @@ void backward(const Call& call, const Tensor& grad_output, const Tensors<2>& out
     const auto& [output, logsumexp] = outputs;
     const auto& [grad_query, grad_key, grad_value, grad_landmark_key, grad_landmark_value, grad_relative_bias,
                  grad_landmark_entropy] = gradients;
+    const Landmarks landmarks(call);
     run(WindowAttention::kBackwardName, call, [&](cudaStream_t stream) {
-        Attention attention(call, concrete(call.geometry), call.landmark_key, call.landmark_value,
-                            call.attention.landmark_entropy, output, logsumexp, stream);
-        attention.backward_global(grad_output);
+        Attention attention(call, concrete(call.geometry), landmarks.count, landmarks.data(), output,
+                            logsumexp, stream);
+        Room none;
+        attention.backward_global(grad_output, none);
         attention.backward_tokens(ChunkTerms{}, grad_query, grad_key, grad_value, grad_relative_bias);
         if (!call.landmark_key) return;
         const auto sum_pieces = [](const Tensor& terms, const Tensor& gradient) {

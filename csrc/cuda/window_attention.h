@@ -7,16 +7,14 @@ namespace eva_attn::cuda {
 // An attention's params and the tensors that they point into.
 class Attention {
   public:
-    // Landmarks [B, H, C, D], or none; their entropies [B, H, C], of tangents.
-    Attention(const Call& call, const Geometry& geometry, const OptionalTensor& landmark_key,
-              const OptionalTensor& landmark_value, const OptionalTensor& landmark_entropy,
-              const Tensor& output, const Tensor& logsumexp, cudaStream_t stream);
+    Attention(const Call& call, const Geometry& geometry, int64_t num_landmarks,
+              const SummaryResults& landmarks, const Tensor& output, const Tensor& logsumexp,
+              cudaStream_t stream);
 
     void forward() const;
 
-    // The backward's first half: gradients of landmarks and prefix keys. They may lie in the storage of
-    // `room`, which only the second half writes.
-    void backward_global(const Tensor& grad_output, const Tensor& room = {});
+    // The backward's first half: gradients of landmarks and prefix keys.
+    void backward_global(const Tensor& grad_output, Room& room);
     // Its result [B H, pieces, C + P, D], the landmarks' rows first.
     const Tensor& grad_global_key() const { return grad_global_key_; }
     const Tensor& grad_global_value() const { return grad_global_value_; }
@@ -31,8 +29,8 @@ class Attention {
   private:
     DType dtype_;
     cudaStream_t stream_;
-    Tensor landmark_key_, landmark_value_, landmark_bias_, landmark_entropy_, extents_, relative_bias_, mask_,
-        output_, logsumexp_;
+    bool has_entropy_; // of landmarks
+    Tensor landmark_bias_, extents_, relative_bias_, mask_, output_, logsumexp_;
     Tensor delta_, grad_global_key_, grad_global_value_, grad_landmark_entropy_;
     AttentionParams params_;
     AttentionBackward backward_{};

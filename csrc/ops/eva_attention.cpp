@@ -15,8 +15,25 @@ void check_all(const Call& call) {
     check_attention(call);
 }
 
-void run_forward(const Call&, const Tensors<7>&) {}
-void run_backward(const Call&, const Tensor&, const Tensors<7>&, const Tensors<12>&) {}
+void run_forward(const Call&, const Tensors<4>&) {}
+void run_backward(const Call&, const Tensor&, const Tensors<4>&, const Tensors<12>&) {}
+
+struct SavedShapes {
+    std::array<c10::SymInt, 3> logsumexp;
+    std::array<c10::SymInt, 5> landmarks;
+    std::array<c10::SymInt, 1> statistics;
+};
+SavedShapes saved_shapes(const Call& call) {
+    const Tensor& query = call.query;
+    const c10::SymInt batch = query.sym_size(0), heads = query.sym_size(1), head_dim = query.sym_size(3);
+    const c10::SymInt num_chunks = call.geometry.num_chunks(), rows = batch * heads * num_chunks;
+    c10::SymInt statistics = 0;
+    if (keeps_means(call)) statistics += 2 * rows * head_dim;
+    if (call.summary.tangent) statistics += rows;
+    return {.logsumexp = {batch, heads, query.sym_size(2)},
+            .landmarks = {keeps_means(call) ? 2 : 3, batch, heads, num_chunks, head_dim},
+            .statistics = {statistics}};
+}
 
 const std::string kOptions =
     "SymInt[2] grid_size, SymInt[2] window_size, SymInt[2] chunk_size, SymInt[2] overlap=0, "
@@ -25,49 +42,43 @@ const std::string kOptions =
     "Tensor? key_padding_mask=None, Tensor? dropout_seed=None, float dropout_p=0., "
     "bool exclude_window_landmarks=False, float? scale=None, float norm_eps=1e-05, SymInt mean_divisor=0, "
     "bool tangent=False";
-const std::string kForwardResults =
-    "(Tensor output, Tensor logsumexp, Tensor landmark_key, Tensor landmark_value, Tensor key_mean, "
-    "Tensor query_mean, Tensor landmark_entropy)";
-const std::string kSaved = "Tensor output, Tensor logsumexp, Tensor landmark_key, Tensor landmark_value, "
-                           "Tensor key_mean, Tensor query_mean, Tensor landmark_entropy";
+const std::string kForwardResults = "(Tensor output, Tensor logsumexp, Tensor landmarks, Tensor statistics)";
+const std::string kSaved = "Tensor output, Tensor logsumexp, Tensor landmarks, Tensor statistics";
 const std::string kParameterGradients = EVA_ATTN_WEIGHT_GRADIENTS ", Tensor grad_relative_bias)";
 
 } // namespace
 
-Tensors<7> prepare_eva_attention(const Call& call) {
+bool keeps_means(const Call& call) {
+    const SymGeometry& g = call.geometry;
+    const auto dtype = call.query.scalar_type();
+    const bool is_half = dtype == at::kBFloat16 || dtype == at::kHalf;
+    if (!is_half || call.summary.tangent || g.chunk_overlap_y != 0 || g.chunk_overlap_x != 0) return true;
+    const c10::SymInt head_dim = call.query.sym_size(3);
+    return g.chunk_height * g.chunk_width > 4 || head_dim > 64 || head_dim % 8 != 0;
+}
+
+Tensors<4> prepare_eva_attention(const Call& call) {
     check_all(call);
     const Tensor& query = call.query;
     const auto accumulation = accumulation_dtype(query.scalar_type());
-    const auto batch = query.sym_size(0), heads = query.sym_size(1);
-    const c10::SymInt per_token[] = {batch, heads, query.sym_size(2)};
-    const c10::SymInt per_chunk[] = {batch, heads, call.geometry.num_chunks(), query.sym_size(3)};
-    return {empty_tokens(query),
-            empty_beside(query, per_token, accumulation),
-            empty_beside(query, per_chunk, query.scalar_type()),
-            empty_beside(query, per_chunk, query.scalar_type()),
-            empty_beside(query, per_chunk, accumulation),
-            empty_beside(query, per_chunk, accumulation),
-            empty_beside(query, entropy_shape(call), accumulation)};
+    const SavedShapes shapes = saved_shapes(call);
+    return {empty_tokens(query), empty_beside(query, shapes.logsumexp, accumulation),
+            empty_beside(query, shapes.landmarks, query.scalar_type()),
+            empty_beside(query, shapes.statistics, accumulation)};
 }
 
 Tensors<12> prepare_eva_attention_backward(const Call& call, const Tensor& grad_output,
-                                           const Tensors<7>& outputs, const OptionalTensor& grad_qkv) {
+                                           const Tensors<4>& outputs, const OptionalTensor& grad_qkv) {
     check_all(call);
     const Tensor& query = call.query;
     const auto dtype = query.scalar_type(), accumulation = accumulation_dtype(dtype);
-    const auto batch = query.sym_size(0), heads = query.sym_size(1);
-    const c10::SymInt per_token[] = {batch, heads, query.sym_size(2)};
-    const c10::SymInt per_chunk[] = {batch, heads, call.geometry.num_chunks(), query.sym_size(3)};
-    const auto& [output, logsumexp, landmark_key, landmark_value, key_mean, query_mean, landmark_entropy] =
-        outputs;
+    const SavedShapes shapes = saved_shapes(call);
+    const auto& [output, logsumexp, landmarks, statistics] = outputs;
     check_matches("grad_output", grad_output, query.sym_sizes(), dtype, query.device());
     check_matches("output", output, query.sym_sizes(), dtype, query.device());
-    check_matches("logsumexp", logsumexp, per_token, accumulation, query.device());
-    check_matches("landmark_key", landmark_key, per_chunk, dtype, query.device());
-    check_matches("landmark_value", landmark_value, per_chunk, dtype, query.device());
-    check_matches("key_mean", key_mean, per_chunk, accumulation, query.device());
-    check_matches("query_mean", query_mean, per_chunk, accumulation, query.device());
-    check_matches("landmark_entropy", landmark_entropy, entropy_shape(call), accumulation, query.device());
+    check_matches("logsumexp", logsumexp, shapes.logsumexp, accumulation, query.device());
+    check_matches("landmarks", landmarks, shapes.landmarks, dtype, query.device());
+    check_matches("statistics", statistics, shapes.statistics, accumulation, query.device());
 
     const auto grad_tokens = [&](int64_t i) { return grad_qkv ? unpack(*grad_qkv, i) : empty_tokens(query); };
     return std::tuple_cat(std::make_tuple(grad_tokens(0), grad_tokens(1), grad_tokens(2)),

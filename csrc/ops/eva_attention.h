@@ -38,7 +38,9 @@ inline Call eva_attention_call(c10::SymIntArrayRef grid_size, c10::SymIntArrayRe
     };
 }
 
-// Outputs: output, logsumexp, landmark_key, landmark_value, key_mean, query_mean, landmark_entropy.
+// Outputs: output, logsumexp, and of the summaries, in two tensors as allocations take time, `landmarks`
+// [2, B, H, C, D], keys first, and `statistics`, flat: the means of keys and of queries [B, H, C, D], and
+// entropies [B, H, C], of tangents. Unless `keeps_means`, a third of `landmarks` are the means of queries.
 // Gradients: query, key, value (or qkv), the eight weights, relative_bias.
 struct EvaAttention {
     static constexpr const char* kName = "eva_attn::eva_attention";
@@ -46,7 +48,7 @@ struct EvaAttention {
     using Inputs = TensorReferences<3>;
     using Options = Parameters<&eva_attention_call>;
     using GradOutputs = TensorReferences<1>;
-    static constexpr size_t kNumOutputs = 7, kNumGradients = 12;
+    static constexpr size_t kNumOutputs = 4, kNumGradients = 12;
     static constexpr std::array<size_t, 1> kDifferentiable{0};
     static constexpr bool has_gradient(size_t tensor) { return tensor < 11 || tensor == 12; }
 };
@@ -57,21 +59,20 @@ struct EvaAttentionQkvpacked {
     using Inputs = TensorReferences<1>;
     using Options = EvaAttention::Options;
     using GradOutputs = EvaAttention::GradOutputs;
-    static constexpr size_t kNumOutputs = 7, kNumGradients = 10;
+    static constexpr size_t kNumOutputs = 4, kNumGradients = 10;
     static constexpr std::array<size_t, 1> kDifferentiable{0};
     static constexpr bool has_gradient(size_t tensor) { return tensor < 9 || tensor == 10; }
 };
 
-// Of the output that is empty without tangents.
-inline OptionalTensor entropy_of(const Call& call, const Tensor& landmark_entropy) {
-    return call.summary.tangent ? OptionalTensor(landmark_entropy) : std::nullopt;
-}
+// Whether the backward pass gets the chunks' means in the accumulation type. Those of few 16-bit members
+// would take as much memory as the members.
+bool keeps_means(const Call& call);
 
 // Check everything and allocate what the op returns.
-Tensors<7> prepare_eva_attention(const Call& call);
+Tensors<4> prepare_eva_attention(const Call& call);
 // grad_query, grad_key and grad_value, if given, are views to be written.
 Tensors<12> prepare_eva_attention_backward(const Call& call, const Tensor& grad_output,
-                                           const Tensors<7>& outputs,
+                                           const Tensors<4>& outputs,
                                            const OptionalTensor& grad_qkv = std::nullopt);
 // Element i of a packed projection [B, N, 3, H, D] as [B, H, N, D].
 Tensor unpack(const Tensor& qkv, int64_t i);
@@ -83,14 +84,14 @@ struct EvaAttentionBackend;
 
 template <auto Forward, auto Backward, class... Options>
 struct EvaAttentionBackend<Forward, Backward, Types<Options...>> {
-    static Tensors<7> forward(const Tensor& query, const Tensor& key, const Tensor& value,
+    static Tensors<4> forward(const Tensor& query, const Tensor& key, const Tensor& value,
                               Options... options) {
         Call call = eva_attention_call(options...);
         call.query = query, call.key = key, call.value = value;
         return run(call);
     }
 
-    static Tensors<7> forward_packed(const Tensor& qkv, Options... options) {
+    static Tensors<4> forward_packed(const Tensor& qkv, Options... options) {
         Call call = eva_attention_call(options...);
         set_qkv(call, qkv);
         return run(call);
@@ -98,27 +99,21 @@ struct EvaAttentionBackend<Forward, Backward, Types<Options...>> {
 
     static Tensors<12> backward(const Tensor& grad_output, const Tensor& query, const Tensor& key,
                                 const Tensor& value, const Tensor& output, const Tensor& logsumexp,
-                                const Tensor& landmark_key, const Tensor& landmark_value,
-                                const Tensor& key_mean, const Tensor& query_mean,
-                                const Tensor& landmark_entropy, Options... options) {
+                                const Tensor& landmarks, const Tensor& statistics, Options... options) {
         Call call = eva_attention_call(options...);
         call.query = query, call.key = key, call.value = value;
-        const Tensors<7> outputs{output,   logsumexp,  landmark_key,    landmark_value,
-                                 key_mean, query_mean, landmark_entropy};
+        const Tensors<4> outputs{output, logsumexp, landmarks, statistics};
         auto gradients = prepare_eva_attention_backward(call, grad_output, outputs);
         Backward(call, grad_output, outputs, gradients);
         return gradients;
     }
 
     static Tensors<10> backward_packed(const Tensor& grad_output, const Tensor& qkv, const Tensor& output,
-                                       const Tensor& logsumexp, const Tensor& landmark_key,
-                                       const Tensor& landmark_value, const Tensor& key_mean,
-                                       const Tensor& query_mean, const Tensor& landmark_entropy,
-                                       Options... options) {
+                                       const Tensor& logsumexp, const Tensor& landmarks,
+                                       const Tensor& statistics, Options... options) {
         Call call = eva_attention_call(options...);
         set_qkv(call, qkv);
-        const Tensors<7> outputs{output,   logsumexp,  landmark_key,    landmark_value,
-                                 key_mean, query_mean, landmark_entropy};
+        const Tensors<4> outputs{output, logsumexp, landmarks, statistics};
         const Tensor grad_qkv = empty_beside(qkv, qkv.sym_sizes(), qkv.scalar_type());
         const auto gradients = prepare_eva_attention_backward(call, grad_output, outputs, grad_qkv);
         Backward(call, grad_output, outputs, gradients);
@@ -135,7 +130,7 @@ struct EvaAttentionBackend<Forward, Backward, Types<Options...>> {
     }
 
   private:
-    static Tensors<7> run(const Call& call) {
+    static Tensors<4> run(const Call& call) {
         const auto outputs = prepare_eva_attention(call);
         Forward(call, outputs);
         return outputs;

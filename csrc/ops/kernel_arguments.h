@@ -17,6 +17,15 @@ inline const bool* mask_data(const Tensor& mask) {
     return mask.defined() ? mask.const_data_ptr<bool>() : nullptr;
 }
 
+// Where a summary's results lie, each contiguous; null: not there.
+struct SummaryResults {
+    void* landmark_key;               // [B, H, C, D]
+    void* landmark_value;             // [B, H, C, D]
+    void* key_mean = nullptr;         // [B, H, C, D] of the accumulation type
+    void* query_mean = nullptr;       // [B, H, C, D], of that of rows beside no key_mean
+    void* landmark_entropy = nullptr; // [B, H, C] of the accumulation type, of tangents
+};
+
 Shape shape_of(const Call& call, const Geometry& geometry);
 double scale_of(const Call& call);
 // All but the seed, which lies on the call's device.

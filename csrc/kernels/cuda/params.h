@@ -62,6 +62,7 @@ struct SummaryParams {
     void* landmark_value = nullptr;   // S [B, H, C, D]
     void* key_mean = nullptr;         // T [B, H, C, D]
     void* query_mean = nullptr;       // T [B, H, C, D], unused where mu = 0
+    bool rounded_mean = false;        // of mma for few members: query_mean is in S, and there is no key_mean
     void* landmark_entropy = nullptr; // T [B, H, C], of tangents, forward only
     // backward, in: landmark gradients as `pieces` summands, added in order; mma may leave the sum in the
     // first, and then the gradient of mu's terms in that of values

@@ -94,6 +94,9 @@ __global__ void __launch_bounds__(FewMembersGradTraits::kThreads, FewMembersGrad
         return static_cast<const float*>(pieces) + landmark_row(p, plan, index, bh) * head_dim + column;
     };
 
+    const auto* const query_mean = static_cast<const char*>(p.query_mean);
+    const int mean_size = p.rounded_mean ? sizeof(S) : sizeof(float);
+
     Chunk next = load(kRows * blockIdx.x + row);
     for (int branch = 0; branch < projected; ++branch)
         shared.weights[branch].template load<S, Traits::kThreads>(
@@ -112,7 +115,10 @@ __global__ void __launch_bounds__(FewMembersGradTraits::kThreads, FewMembersGrad
 
         Float8 grad_beta{}, mean[2] = {};
         if (exists) grad_beta = load_pieces(gradient_row(p.grad_landmark_value, index, chunk.bh), p);
-        if (exists && has_mu) mean[1] = load8(static_cast<const float*>(p.query_mean) + at);
+        if (exists && has_mu)
+            mean[1] = p.rounded_mean
+                          ? unpack8<S>(*reinterpret_cast<const uint4*>(query_mean + at * mean_size))
+                          : load8(reinterpret_cast<const float*>(query_mean + at * mean_size));
         copy_wait<0>();
         store_row(p.grad_beta, grad_beta);
         float products[kMembers];
@@ -232,7 +238,7 @@ __global__ void __launch_bounds__(FewMembersGradTraits::kThreads, FewMembersGrad
             prefetch(gradient_row(p.grad_landmark_value, index + step, next.bh));
             prefetch(gradient_row(p.grad_landmark_key, index + step, next.bh));
             const int64_t next_at = at + int64_t{step} * head_dim;
-            if (has_mu) prefetch(static_cast<const float*>(p.query_mean) + next_at);
+            if (has_mu) prefetch(query_mean + next_at * mean_size);
             if (p.noise) prefetch(static_cast<const float*>(p.noise) + next_at);
         }
         if (projected == 0) continue;

@@ -533,9 +533,13 @@ __global__ void __launch_bounds__(FewMembersTraits::kThreads, FewMembersTraits::
             if (branch == branches) break;
 #pragma unroll
             for (int i = 0; i < 8; ++i) mean[branch].x[i] *= factor;
-            if (exists && inside)
-                *reinterpret_cast<Float8*>(static_cast<float*>(branch ? p.query_mean : p.key_mean) + to) =
-                    mean[branch];
+            if (exists && inside) {
+                if (!p.rounded_mean)
+                    *reinterpret_cast<Float8*>(static_cast<float*>(branch ? p.query_mean : p.key_mean) + to) =
+                        mean[branch];
+                else if (branch)
+                    *reinterpret_cast<uint4*>(static_cast<S*>(p.query_mean) + to) = pack8<S>(mean[1]);
+            }
             if (p.has_projection) Means{{shared.mean[branch]}}.store(group, column, mean[branch]);
         }
         if (p.has_projection) {
