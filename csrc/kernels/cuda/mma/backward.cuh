@@ -1,5 +1,5 @@
-// Instantiates the backward kernels; head dims are padded to 64 or 128 in shared memory. Those for 128 take
-// dropout in any case, which costs them little.
+// Instantiates the backward kernels; head dims are padded to 64 or 128 in shared memory. Those for 128, and
+// for a prefix beside windows of several blocks, take dropout in any case, which costs them little.
 #pragma once
 
 #include "kernels/cuda/mma/backward.h"
@@ -64,7 +64,7 @@ void launch_windows(const AttentionParams& p, cudaStream_t stream) {
                            : launch_window_attention_bwd_sm90<WindowGradSm90Traits<S, 128>>(p, stream))) {
         using Wide = BlockGradTraits<S, 128, true, kHasPrefix>;
         using Dropout = BlockGradTraits<S, 64, true, kHasPrefix>;
-        using Plain = BlockGradTraits<S, 64, false, kHasPrefix>;
+        using Plain = BlockGradTraits<S, 64, kHasPrefix, kHasPrefix>;
         !is_narrow                ? launch_window_attention_bwd_blocks<Wide>(p, stream)
         : p.dropout.threshold > 0 ? launch_window_attention_bwd_blocks<Dropout>(p, stream)
                                   : launch_window_attention_bwd_blocks<Plain>(p, stream);
