@@ -11,6 +11,7 @@ namespace {
 void forward(const Call& call, const Tensors<7>& outputs) {
     const auto& [output, logsumexp, landmark_key, landmark_value, key_mean, query_mean, landmark_entropy] =
         outputs;
+    prefer_huge_pages(output);
     const Geometry geometry = concrete(call.geometry);
     Summary summary(call, geometry, key_mean, query_mean, landmark_entropy);
     const OptionalTensor entropy = entropy_of(call, landmark_entropy);
@@ -26,6 +27,7 @@ void backward(const Call& call, const Tensor& grad_output, const Tensors<7>& out
         outputs;
     const auto& [grad_query, grad_key, grad_value, w0, w1, w2, w3, w4, w5, w6, w7, grad_relative_bias] =
         gradients;
+    for (const Tensor& gradient : {grad_query, grad_key, grad_value}) prefer_huge_pages(gradient);
     const Geometry geometry = concrete(call.geometry);
     const OptionalTensor entropy = entropy_of(call, landmark_entropy);
     Attention attention(call, geometry, landmark_key, landmark_value, entropy, output, logsumexp);
