@@ -400,7 +400,8 @@ void chunk_terms(const TermsParams& p, int64_t begin, int64_t end, char* scratch
     const Geometry& g = p.shape.geometry;
     const int64_t head_dim = p.shape.head_dim, ld = padded(head_dim), size = chunk_size(g);
     const Blocks blocks(g);
-    const int64_t tasks = terms_tasks(blocks);
+    const int64_t tasks = terms_tasks(blocks), columns = g.chunk_columns(), num_chunks = g.num_chunks();
+    const bool apart = g.chunk_overlap_y == 0 && g.chunk_overlap_x == 0;
     T* const key_row = reinterpret_cast<T*>(scratch);
     T *const grad_query = key_row + ld, *const grad_key = grad_query + ld, *const grad_value = grad_key + ld;
     for (int64_t task = begin; task < end; ++task) {
@@ -409,6 +410,7 @@ void chunk_terms(const TermsParams& p, int64_t begin, int64_t end, char* scratch
         const int64_t batch = bh / p.shape.heads, head = bh % p.shape.heads;
         const int64_t end = detail::min((block + 1) * blocks.tokens, g.grid_height * g.grid_width);
         const int64_t first = block * blocks.tokens + task % tasks * kTokensPerTask;
+        Box chunks{}, box{};
         for (int64_t i = first; i < detail::min(first + kTokensPerTask, end); ++i) {
             const int64_t y = i / g.grid_width, x = i % g.grid_width, token = g.token(y, x);
             if (const int64_t ahead = x + 8; ahead < g.grid_width)
@@ -419,12 +421,13 @@ void chunk_terms(const TermsParams& p, int64_t begin, int64_t end, char* scratch
             load_row<S, T>(p.grad_query, batch, head, token, head_dim, grad_query);
             load_row<S, T>(p.grad_key, batch, head, token, head_dim, grad_key);
             load_row<S, T>(p.grad_value, batch, head, token, head_dim, grad_value);
-            const Box chunks = g.chunks_of(y, x);
+            const bool same = apart && box.contains(y, x); // as the token before, of a chunk that none shares
+            if (!same) chunks = g.chunks_of(y, x);
             for (int64_t cy = chunks.y0; cy < chunks.y1; ++cy)
                 for (int64_t cx = chunks.x0; cx < chunks.x1; ++cx) {
-                    const int64_t chunk = cy * g.chunk_columns() + cx;
-                    const int64_t index = local_head * g.num_chunks() + chunk;
-                    const Box box = g.chunk_box(chunk);
+                    const int64_t chunk = cy * columns + cx;
+                    const int64_t index = local_head * num_chunks + chunk;
+                    if (!same) box = g.chunk_box(chunk);
                     const int64_t place = (y - box.y0) * box.width() + x - box.x0;
                     const T* terms = static_cast<const T*>(p.member_terms) + 2 * (index * size + place);
                     const T* omega = static_cast<const T*>(p.omega) + index * ld;

@@ -76,15 +76,20 @@ inline T maximum(Vec<T> v) {
     return reduce<T>(v, larger<T>, Lanes<T>{});
 }
 
-// The first `count` lanes of x, 0 in the others.
+// Which lanes are among the first `count`.
 template <class T>
-inline Vec<T> first_lanes(Vec<T> x, int64_t count) {
+inline typename VectorOf<T>::integer among_first(int64_t count) {
     using Integer = typename VectorOf<T>::integer;
     using Lane = std::remove_reference_t<decltype(Integer{}[0])>;
     Integer lane;
     for (int64_t i = 0; i < kWidth<T>; ++i) lane[i] = static_cast<Lane>(i);
-    const Integer kept = lane < static_cast<Lane>(count) - Integer{};
-    return reinterpret_cast<Vec<T>>(reinterpret_cast<Integer>(x) & kept);
+    return lane < static_cast<Lane>(count) - Integer{};
+}
+// The first `count` lanes of x, 0 in the others.
+template <class T>
+inline Vec<T> first_lanes(Vec<T> x, int64_t count) {
+    using Integer = typename VectorOf<T>::integer;
+    return reinterpret_cast<Vec<T>>(reinterpret_cast<Integer>(x) & among_first<T>(count));
 }
 
 struct BFloat16 {
@@ -199,7 +204,7 @@ inline void product_rows(int64_t rows, int64_t depth, const T* a, int64_t a_m, i
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t size = (rows - m + (tiles - tile) - 1) / (tiles - tile); // even shares
         const T* start = init ? init + m * ldi : nullptr;
-        beside();
+        beside(depth * Columns);
         const auto run = [&]<int Rows>() {
             product_tile<T, Rows, Columns>(depth, a + m * a_m, a_m, a_k, b, ldb, c + m * ldc, ldc, start,
                                            ldi);
@@ -229,11 +234,11 @@ inline void product_rows(int64_t rows, int64_t depth, const T* a, int64_t a_m, i
 }
 
 struct Nothing {
-    void operator()() const {}
+    void operator()(int64_t) const {}
 };
 
 // C [rows, columns] = init + A B. Columns are rounded up to whole vectors: B, C and init have that room.
-// init null: zero; init = c: accumulate. Beside the arithmetic, a thousand operations or so apart, beside().
+// init null: zero; init = c: accumulate. beside(vectors of B that it loads) goes with each tile.
 template <class T, class Beside = Nothing>
 inline void product(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_m, int64_t a_k,
                     const T* b, int64_t ldb, T* c, int64_t ldc, const T* init, int64_t ldi,
@@ -329,13 +334,13 @@ inline S* row_of(const Rows& rows, int64_t batch, int64_t head, int64_t token) {
 
 // Has a row of each tensor brought into cache, to be read or written: rows lie on pages of their own, where
 // no hardware prefetcher follows.
-template <class S, bool Write = false>
+template <class S>
 EVA_PREFETCH prefetch_token(std::initializer_list<const Rows*> tensors, int64_t batch, int64_t head,
                             int64_t token, int64_t head_dim) {
     constexpr int64_t kLine = 64 / sizeof(S);
     for (const Rows* rows : tensors) {
         const S* p = row_of<S>(*rows, batch, head, token);
-        for (int64_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(p + d, Write);
+        for (int64_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(p + d);
     }
 }
 // A row in T times `factor`, zeros behind head_dim up to a whole vector.

@@ -9,6 +9,7 @@
 constexpr int64_t kTileElements = 16384; // of the score tile: 64 KB of floats, a fraction of L2
 constexpr int64_t kCausalTileRows = 32;  // fewer see less of what is hidden from the first of them
 constexpr int64_t kPrefixBlock = 256;    // keys that prefix queries take at a time
+constexpr int64_t kVectorsPerRow = 64;   // of a product, for each row that is fetched beside it
 constexpr int64_t kCachedBytes =
     64 << 10; // of a head's queries: L2 then holds two heads of forward's tensors
 
@@ -292,16 +293,16 @@ class WindowAttention : AttentionTile<S, T> {
                 const int64_t columns = globals + count_visible(i, rows);
                 build_init(g.window_box(window), g.key_box(window), i, rows);
                 product<T>(rows, columns, head_dim, query, ld, 1, key_t, ld_score, score, ld_score, init,
-                           ld_init, [&] { fetch_ahead(); });
+                           ld_init, [&](int64_t vectors) { fetch_ahead(vectors); });
                 for (int64_t r = 0; r < rows; ++r) {
                     fetch_ahead();
-                    const int64_t seen = hide_future(i, r, columns);
+                    const int64_t seen = hide_future(i, r, 0, columns);
                     softmax_row(list[r], r, seen);
                     zero_columns(score + r * ld_score, seen, columns);
                 }
                 T* const out = query; // of no use any more
                 product<T>(rows, head_dim, columns, score, ld_score, 1, value_rows, ld, out, ld, nullptr, 0,
-                           [&] { fetch_ahead(); });
+                           [&](int64_t vectors) { fetch_ahead(vectors); });
                 for (int64_t r = 0; r < rows; ++r)
                     store_row<S, T>(p.output, batch, head, list[r], head_dim, out + r * ld, delta[r]);
             });
@@ -436,20 +437,21 @@ class WindowAttention : AttentionTile<S, T> {
         ahead_box = exists ? g.window_box(ahead) : Box{0, 0, 0, 0};
         ahead_y = ahead_box.y0;
         ahead_x = ahead_box.x0;
+        ahead_tensor = 0;
     }
-    // Has another of its tokens brought into cache.
-    EVA_PREFETCH fetch_ahead() {
-        if (ahead_y >= ahead_box.y1) return;
-        const int64_t token = g.token(ahead_y, ahead_x);
-        prefetch_token<S>({&p.query, &p.key, &p.value}, ahead_batch, ahead_head, token, head_dim);
-        if (backward) {
-            prefetch_token<S>({&p.grad_output}, ahead_batch, ahead_head, token, head_dim);
-            prefetch_token<S, true>({&p.grad_query, &p.grad_key, &p.grad_value}, ahead_batch, ahead_head,
-                                    token, head_dim);
-        } else {
-            prefetch_token<S, true>({&p.output}, ahead_batch, ahead_head, token, head_dim);
+    // Has some more rows of its tokens brought into cache: few at a time, beside as much arithmetic, as a
+    // core waits for a line before it asks for a 17th or so.
+    EVA_PREFETCH fetch_ahead(int64_t vectors = kVectorsPerRow) {
+        const Rows* const tensors[] = {
+            &p.query,      &p.key,      &p.value,     backward ? &p.grad_output : &p.output,
+            &p.grad_query, &p.grad_key, &p.grad_value};
+        for (; vectors >= kVectorsPerRow && ahead_y < ahead_box.y1; vectors -= kVectorsPerRow) {
+            prefetch_token<S>({tensors[ahead_tensor]}, ahead_batch, ahead_head, g.token(ahead_y, ahead_x),
+                              head_dim);
+            if (++ahead_tensor < (backward ? 7 : 4)) continue;
+            ahead_tensor = 0;
+            if (++ahead_x == ahead_box.x1) ahead_x = ahead_box.x0, ++ahead_y;
         }
-        if (++ahead_x == ahead_box.x1) ahead_x = ahead_box.x0, ++ahead_y;
     }
 
     // The queries of a window, and what they see of the global columns.
@@ -499,14 +501,17 @@ class WindowAttention : AttentionTile<S, T> {
         return count;
     }
 
-    // Hides from row r of the tile from query `first` on what comes later; how many of the columns are left
-    // for it.
-    int64_t hide_future(int64_t first, int64_t r, int64_t columns) {
+    // Hides from row r of the tile from query `first` on what comes later; how many of the columns, which are
+    // looked at from `begin` on, are left for it.
+    int64_t hide_future(int64_t first, int64_t r, int64_t begin, int64_t columns) {
         if (!g.is_causal) return columns;
         T* const s = score + r * ld_score;
         for (int64_t c = queries.token[first + r] / g.chunk_width; c < globals; ++c) s[c] = -infinity<T>();
         const int64_t seen = globals + count_visible(first + r, 1);
-        store(s + seen, splat(-infinity<T>()));
+        // A whole vector of those from `begin` on, as loads that follow wait for one that is stored across
+        // two.
+        T* const last = s + begin + (seen - begin) / kWidth<T> * kWidth<T>;
+        store(last, among_first<T>(s + seen - last) ? load(last) : splat(-infinity<T>()));
         return seen;
     }
     // Weights of 0 for the columns behind the whole vectors that hold the first `seen`.
@@ -570,12 +575,12 @@ class WindowAttention : AttentionTile<S, T> {
     // not, and their gradients.
     void backward_scores(int64_t i, int64_t rows, int64_t first, int64_t count, bool whole) {
         product<T>(rows, count, head_dim, query, ld, 1, key_t + first, ld_score, score + first, ld_score,
-                   init + first, ld_init, [&] { fetch_ahead(); });
+                   init + first, ld_init, [&](int64_t vectors) { fetch_ahead(vectors); });
         product<T>(rows, count, head_dim, grad_out, ld, 1, value_t + first, ld_score, grad_score + first,
-                   ld_score, nullptr, 0, [&] { fetch_ahead(); });
+                   ld_score, nullptr, 0, [&](int64_t vectors) { fetch_ahead(vectors); });
         for (int64_t r = 0; r < rows; ++r) {
             fetch_ahead();
-            const int64_t seen = hide_future(i, r, first + count) - first;
+            const int64_t seen = hide_future(i, r, first, first + count) - first;
             T *const s = score + r * ld_score + first, *const ds = grad_score + r * ld_score + first;
             Tile::backward_row(s, ds, queries.token[i + r], r, column_token + first, seen, whole);
             zero_columns(s, seen, count);
@@ -588,9 +593,9 @@ class WindowAttention : AttentionTile<S, T> {
     void key_gradients(int64_t rows, int64_t first, int64_t count, T* key, T* value, int64_t ld_out,
                        bool add) {
         product<T>(count, head_dim, rows, score + first, 1, ld_score, grad_out, ld, value, ld_out,
-                   add ? value : nullptr, ld_out, [&] { fetch_ahead(); });
+                   add ? value : nullptr, ld_out, [&](int64_t vectors) { fetch_ahead(vectors); });
         product<T>(count, head_dim, rows, grad_score + first, 1, ld_score, query, ld, key, ld_out,
-                   add ? key : nullptr, ld_out, [&] { fetch_ahead(); });
+                   add ? key : nullptr, ld_out, [&](int64_t vectors) { fetch_ahead(vectors); });
     }
 
     // The share of the tile from query `first` on in the gradients of the first `visible` keys; the first
@@ -619,7 +624,7 @@ class WindowAttention : AttentionTile<S, T> {
             if (bias) add_bias_gradient(i, rows);
             T* const grad_query = query; // of no use any more
             product<T>(rows, head_dim, columns, grad_score, ld_score, 1, key_rows, ld, grad_query, ld,
-                       nullptr, 0, [&] { fetch_ahead(); });
+                       nullptr, 0, [&](int64_t vectors) { fetch_ahead(vectors); });
             for (int64_t r = 0; r < rows; ++r)
                 store_row<S, T>(p.grad_query, batch, head, queries.token[i + r], head_dim,
                                 grad_query + r * ld, static_cast<T>(p.scale));
@@ -708,6 +713,7 @@ class WindowAttention : AttentionTile<S, T> {
     int64_t ld_init = 0; // 0: one row for all queries
     int64_t first_window = 0, last_window = 0;
     int64_t ahead_batch, ahead_head, ahead_y, ahead_x; // the next token of what is worth having in cache
+    int64_t ahead_tensor;                              // and its next row
     Box ahead_box{0, 0, 0, 0};
     const T* bias = nullptr;                // [bias_height, bias_width]
     T *key_t, *value_t;                     // [head_dim, ld_score]
