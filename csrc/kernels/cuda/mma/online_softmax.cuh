@@ -54,6 +54,19 @@ struct OnlineSoftmax {
         }
         return step;
     }
+    // ... or, as long as weights stay below 2^kSlack, are scaled by already; output is rescaled at once, ...
+    static constexpr float kSlack = 8.0f;
+    __device__ Step begin_rare_step(const float (&largest)[2], float scale, bool has_output) {
+        if (__any_sync(~0u, scale * largest[0] > maximum[0] + kSlack ||
+                                scale * largest[1] > maximum[1] + kSlack)) {
+            const Step step = begin_step(largest, scale);
+            if (has_output) rescale_output(step);
+        }
+        Step step;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) step.shift[r] = maximum[r] == -kInfinity ? 0.0f : maximum[r];
+        return step;
+    }
     __device__ void rescale_output(const Step& step) {
 #pragma unroll
         for (int d = 0; d < kHeadDim / 8; ++d)

@@ -57,7 +57,8 @@ struct AttentionSm90Maps {
     CUtensorMap query, key, value, landmark_key, landmark_value, output;
 };
 
-template <class S, int kHeadDim, bool kIsOneTile>
+// Without `kHasBias` there is no bias and no causality.
+template <class S, int kHeadDim, bool kIsOneTile, bool kHasBias>
 struct AttentionSm90 {
     using Traits = AttentionSm90Traits<S, kHeadDim>;
     static constexpr int kTile = Traits::kTileElements;
@@ -69,7 +70,6 @@ struct AttentionSm90 {
     typename Traits::Barriers& barriers;
     float4* bias_tile; // [kScoreTileVectors], of windows of one tile
     float* bias_table;
-    uint32_t hidden_landmarks; // that there are not, as `hide` takes them
 
     __device__ AttentionSm90(const AttentionParams& p, const AttentionSm90Plan& plan,
                              const AttentionSm90Maps& maps, char* shared)
@@ -78,8 +78,7 @@ struct AttentionSm90 {
           barriers(*reinterpret_cast<typename Traits::Barriers*>(
               blocks + (plan.key_slots + plan.landmark_slots) * 2 * kTile)),
           bias_tile(reinterpret_cast<float4*>(&barriers + 1)),
-          bias_table(reinterpret_cast<float*>(bias_tile + (kIsOneTile ? kScoreTileVectors : 0))),
-          hidden_landmarks(columns_from(static_cast<int>(p.num_landmarks))) {}
+          bias_table(reinterpret_cast<float*>(bias_tile + (kIsOneTile ? kScoreTileVectors : 0))) {}
 
     static int64_t shared_bytes(const AttentionSm90Plan& plan) {
         const int64_t tiles = Traits::kQuerySlots + 2 * (plan.key_slots + plan.landmark_slots);
@@ -195,7 +194,8 @@ struct AttentionSm90 {
     struct Unit {
         const typename Traits::Place& place; // of the window
         int tile, window_blocks;
-        bool is_whole, sees_landmarks;
+        int visible; // keys from the window's first on that the grid has; of one tile 0 if it lacks some
+        bool sees_landmarks;
         S* queries; // then the output
     };
 
@@ -214,7 +214,7 @@ struct AttentionSm90 {
         for (int i = 0; i < kBlocks; ++i) {
             const bool of_window = i < kWindowBlocks;
             slot[i] = of_window ? key.slot : plan.key_slots + landmark.slot;
-            if (of_window) begin_scores(block_score(i), unit.tile, first + i);
+            if (kHasBias && of_window) begin_scores(block_score(i), unit.tile, first + i);
             barrier_wait(&barriers.block_full[slot[i]], of_window ? key.phase : landmark.phase);
             if (of_window) key.advance(plan.key_slots);
         }
@@ -228,28 +228,30 @@ struct AttentionSm90 {
             for (int d = 0; d < kHeadDim / 16; ++d) {
                 const int offset = d / 4 * (Traits::kPanelElements / 8) + d % 4 * 2;
                 warpgroup_multiply<S, 0, 0>(block_score(i), from_query + offset, from_key + offset,
-                                            i < kWindowBlocks || d > 0);
+                                            (kHasBias && i < kWindowBlocks) || d > 0);
             }
             warpgroup_commit();
         }
 
-        // Products with one block go on during the softmax over the other.
+        // Products with later blocks go on during the softmax over one.
         float largest[2] = {-kInfinity, -kInfinity};
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
-            i + 1 < kBlocks ? warpgroup_wait<1>() : warpgroup_wait<0>();
+            i + 2 < kBlocks   ? warpgroup_wait<2>()
+            : i + 1 < kBlocks ? warpgroup_wait<1>()
+                              : warpgroup_wait<0>();
             fence_registers(block_score(i));
             if (i == kWindowBlocks) {
                 hide_landmarks(block_score(i), unit);
-            } else if (!unit.is_whole) {
-                hide_outside(block_score(i), box_of(unit.place), first + i);
+            } else if (unit.visible < kBlockN * (first + i + 1)) {
+                hide_outside(block_score(i), unit, first + i);
             }
             softmax.find_largest(largest, block_score(i));
             asm volatile("" : "+f"(largest[0]), "+f"(largest[1]));
         }
         const float scale = static_cast<float>(p.scale) * kLog2e;
-        const auto step = softmax.begin_step(largest, scale);
-        if (!kIsOneTile && first > 0) softmax.rescale_output(step);
+        const auto step = kIsOneTile ? softmax.begin_step(largest, scale)
+                                     : softmax.begin_rare_step(largest, scale, first > 0);
 
         using Output = float[8][4];
         const auto panel_output = [&](int panel) -> Output& {
@@ -286,16 +288,14 @@ struct AttentionSm90 {
         clear_padding();
 
         int head = WindowCursor::first(plan).head, batch = WindowCursor::first(plan).batch;
-        int sequence = 0, tile = 0, turn = 0;
+        int sequence = 0, tile = 0;
         RingCursor query, key, landmark;
         fill_bias(head);
-        const auto advance = [&] {
-            query.advance(Traits::kQuerySlots);
-            if (++turn == Traits::kWarpgroups) turn = 0;
-            if (++tile < plan.tiles) return;
-            tile = 0;
-            key.advance(plan.key_slots, plan.tiles);
+        const auto advance = [&](int by) {
+            query.advance(Traits::kQuerySlots, by);
+            for (tile += by; tile >= plan.tiles; tile -= plan.tiles) key.advance(plan.key_slots, plan.tiles);
         };
+        advance(warpgroup);
         // Through every sequence, those without a tile of this warpgroup too: all warpgroups release each
         // landmarks and meet at each head's biases, in one order, so that none waits for one that waits for
         // it.
@@ -314,8 +314,8 @@ struct AttentionSm90 {
             }
         };
 #pragma unroll 1
-        for (int left = tiles_in_share(); left > 0; --left, advance()) {
-            if (turn != warpgroup) continue;
+        for (int left = tiles_in_share() - warpgroup; left > 0;
+             left -= Traits::kWarpgroups, advance(Traits::kWarpgroups)) {
             barrier_wait(&barriers.query_full[query.slot], query.phase);
             const typename Traits::Place& at = barriers.place[query.slot];
             go_to_sequence(at.sequence);
@@ -326,14 +326,14 @@ struct AttentionSm90 {
             int block = 0;
             if constexpr (!kIsOneTile) {
 #pragma unroll 1
-                for (; block + 1 < unit.window_blocks; block += 2)
+                for (; block + 1 + unit.sees_landmarks < unit.window_blocks; block += 2)
                     attend_blocks<2, false>(softmax, unit, block, unit_key, landmark);
             }
-            if (!kIsOneTile && block == unit.window_blocks) {
-                if (unit.sees_landmarks) attend_blocks<0, true>(softmax, unit, block, unit_key, landmark);
+            if (!kIsOneTile && unit.sees_landmarks && block + 2 == unit.window_blocks) {
+                attend_blocks<2, true>(softmax, unit, block, unit_key, landmark);
             } else if (unit.sees_landmarks) {
                 attend_blocks<1, true>(softmax, unit, block, unit_key, landmark);
-            } else {
+            } else if (block < unit.window_blocks) {
                 attend_blocks<1, false>(softmax, unit, block, unit_key, landmark);
             }
 #pragma unroll 1
@@ -353,6 +353,8 @@ struct AttentionSm90 {
     }
 
   private:
+    __device__ bool is_causal() const { return kHasBias && p.shape.geometry.is_causal; }
+
     __device__ static void consumers_sync() {
         asm volatile("bar.sync 8, %0;\n" ::"n"(Traits::kConsumers) : "memory");
     }
@@ -364,10 +366,10 @@ struct AttentionSm90 {
     }
     __device__ Unit unit_of(const typename Traits::Place& place, int tile, S* queries) const {
         const TokenBox box = box_of(place);
-        const bool is_causal = p.shape.geometry.is_causal;
-        const int window_blocks = is_causal ? tile + 1 : plan.tiles;
+        const int window_blocks = is_causal() ? tile + 1 : plan.tiles;
         const int landmarks = landmarks_before(box.x0 + kBlockM * (tile + 1) - 1);
-        return Unit{place, tile, window_blocks, box.is_whole(), landmarks > 0, queries};
+        const int visible = !kIsOneTile ? plan.windows.grid_width - box.x0 : box.is_whole() ? kBlockN : 0;
+        return Unit{place, tile, window_blocks, visible, landmarks > 0, queries};
     }
 
     __device__ void put_output(OnlineSoftmax<kHeadDim>& softmax, const Unit& unit,
@@ -394,7 +396,10 @@ struct AttentionSm90 {
         auto* to = static_cast<float*>(p.logsumexp) + sequence * plan.windows.num_tokens;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int token = box.token(kBlockM * unit.tile + first_row + 8 * r);
+            const int place = kBlockM * unit.tile + first_row + 8 * r;
+            const int token = kIsOneTile             ? box.token(place)
+                              : place < unit.visible ? box.y0 * plan.windows.grid_width + box.x0 + place
+                                                     : -1;
             if (lane % 4 == 0 && token >= 0) to[token] = logsumexp[r];
         }
     }
@@ -414,7 +419,7 @@ struct AttentionSm90 {
     // Of a head, divided by the scale: scores begin with them.
     __device__ void fill_bias(int head) const {
         const Windows& w = plan.windows;
-        if (!w.has_table && !kIsOneTile) return;
+        if (!kHasBias || (!w.has_table && !kIsOneTile)) return;
         consumers_sync();
         fill_bias_table<Traits::kConsumers>(p, w, head, bias_table, 1.0f / static_cast<float>(p.scale));
         consumers_sync();
@@ -429,7 +434,7 @@ struct AttentionSm90 {
             begin_with_bias(score, bias_tile);
             return;
         }
-        const bool has_bias = p.relative_bias || (p.shape.geometry.is_causal && block == tile);
+        const bool has_bias = p.relative_bias || (is_causal() && block == tile);
         const float* bias =
             bias_table + plan.windows.center + kBlockN * (block - tile) + score_column() - score_row();
 #pragma unroll
@@ -441,12 +446,24 @@ struct AttentionSm90 {
     __device__ int landmarks_before(int token) const {
         const int landmarks = static_cast<int>(p.num_landmarks);
         const Geometry& g = p.shape.geometry;
-        return g.is_causal ? min(landmarks, token / static_cast<int>(g.chunk_width)) : landmarks;
+        return is_causal() ? min(landmarks, token / static_cast<int>(g.chunk_width)) : landmarks;
     }
 
+    __device__ void hide_outside(ScoreTile& score, const Unit& unit, int block) const {
+        if constexpr (kIsOneTile) {
+            mma::hide_outside(score, box_of(unit.place), block);
+        } else {
+            const uint32_t hidden = columns_from(max(0, unit.visible - kBlockN * block));
+            hide(score, {hidden, hidden});
+        }
+    }
     __device__ void hide_landmarks(float (&score)[kBlockN / 8][4], const Unit& unit) const {
-        uint32_t hidden[2] = {hidden_landmarks, hidden_landmarks};
-        if (p.shape.geometry.is_causal) {
+        uint32_t hidden[2];
+        if (!is_causal()) {
+            auto landmarks = static_cast<int>(p.num_landmarks);
+            asm volatile("" : "+r"(landmarks)); // bits are found again, not kept in registers
+            hidden[0] = hidden[1] = columns_from(landmarks);
+        } else {
             const int first =
                 unit.place.column * plan.windows.queries.width + kBlockM * unit.tile + score_row();
 #pragma unroll
@@ -457,7 +474,7 @@ struct AttentionSm90 {
 };
 
 // Compiled for Hopper alone, as the launch bounds tell.
-template <class S, int kHeadDim, bool kIsOneTile>
+template <class S, int kHeadDim, bool kIsOneTile, bool kHasBias>
 __global__ void __launch_bounds__(kHasWarpgroups ? AttentionSm90Traits<S, kHeadDim>::kThreads : kWarpSize, 1)
     window_attention_fwd_sm90_kernel(const __grid_constant__ AttentionParams p,
                                      const __grid_constant__ AttentionSm90Plan plan,
@@ -465,7 +482,7 @@ __global__ void __launch_bounds__(kHasWarpgroups ? AttentionSm90Traits<S, kHeadD
     if constexpr (kHasWarpgroups) {
         using Traits = AttentionSm90Traits<S, kHeadDim>;
         extern __shared__ __align__(1024) char attention_tiles[];
-        const AttentionSm90<S, kHeadDim, kIsOneTile> attention(p, plan, maps, attention_tiles);
+        const AttentionSm90<S, kHeadDim, kIsOneTile, kHasBias> attention(p, plan, maps, attention_tiles);
         const int role = threadIdx.x / kWarpSize - Traits::kConsumers / kWarpSize;
         if (threadIdx.x == 0) attention.init_barriers();
         if (threadIdx.x == Traits::kConsumers) attention.prefetch_maps();
@@ -485,12 +502,12 @@ __global__ void __launch_bounds__(kHasWarpgroups ? AttentionSm90Traits<S, kHeadD
 }
 
 // False where this kernel was not compiled for the device, or does not do what is asked.
-template <class S, int kHeadDim, bool kIsOneTile>
+template <class S, int kHeadDim, bool kIsOneTile, bool kHasBias>
 bool launch_window_attention_fwd_sm90(const AttentionParams& p, Windows w, cudaStream_t stream) {
     using Traits = AttentionSm90Traits<S, kHeadDim>;
-    using Attention = AttentionSm90<S, kHeadDim, kIsOneTile>;
+    using Attention = AttentionSm90<S, kHeadDim, kIsOneTile, kHasBias>;
     const Geometry& g = p.shape.geometry;
-    const auto kernel = window_attention_fwd_sm90_kernel<S, kHeadDim, kIsOneTile>;
+    const auto kernel = window_attention_fwd_sm90_kernel<S, kHeadDim, kIsOneTile, kHasBias>;
     if (!kIsOneTile) w.table_size = w.table_height * w.table_width; // no place is hidden
     const int64_t num_windows = p.shape.batch * p.shape.heads * w.num_windows;
     if (num_windows == 0) return true;
@@ -548,10 +565,14 @@ bool launch_window_attention_fwd_sm90(const AttentionParams& p, cudaStream_t str
     if (p.dropout.threshold > 0 || p.key_padding_mask || p.landmark_bias || p.extents ||
         g.num_prefix_tokens > 0 || g.windows_overlap() || p.num_landmarks > kBlockN)
         return false;
-    if (w.queries.size() <= kBlockM) return launch_window_attention_fwd_sm90<S, kHeadDim, true>(p, w, stream);
+    if (w.queries.size() <= kBlockM)
+        return launch_window_attention_fwd_sm90<S, kHeadDim, true, true>(p, w, stream);
     const bool has_whole_tiles = w.queries.height == 1 && w.queries.width % kBlockM == 0 &&
                                  w.queries.width <= kBlockM * AttentionSm90Traits<S, kHeadDim>::kMaxTiles;
-    return has_whole_tiles && launch_window_attention_fwd_sm90<S, kHeadDim, false>(p, w, stream);
+    if (!has_whole_tiles) return false;
+    if constexpr (kHeadDim == 64)
+        if (!w.has_table) return launch_window_attention_fwd_sm90<S, kHeadDim, false, false>(p, w, stream);
+    return launch_window_attention_fwd_sm90<S, kHeadDim, false, true>(p, w, stream);
 }
 
 } // namespace eva_attn::cuda::mma
