@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -47,32 +47,20 @@ _ATTENTION_NAMES = (
     "scale",
 )
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 _DEVICES_WITH_KERNELS = {"cpu", "cuda", "meta"}
 
 
-def _or_plain(function: _Function) -> _Function:
-    """`function`, or its namesake in `reference` on devices without kernels and in exports to ONNX."""
-
-    @functools.wraps(function)
-    def choose(*args: Any, **kwargs: Any) -> Any:
-        first: Any = args[0] if args else kwargs.get("query", kwargs.get("qkv"))
-        has_kernels = first is None or first.is_cuda or first.device.type in _DEVICES_WITH_KERNELS
-        if has_kernels and not _is_in_onnx_export():
-            return function(*args, **kwargs)
-        if not has_kernels:
-            _warn_of_plain(first.device.type)
-        from . import reference
-
-        return getattr(reference, function.__name__)(*args, **kwargs)
-
-    return choose  # type: ignore[return-value]
-
-
-def _is_in_onnx_export() -> bool:
-    """Asks `torch.onnx` only where something is traced: each time, it would take as long as half a launch."""
+def _lacks_kernels(x: Tensor) -> bool:
+    """Whether `x` is for `reference`: on a device without kernels, said once, or in an export to ONNX."""
+    if not _has_kernels(x):
+        _warn_of_plain(x.device.type)
+        return True
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return is_traced and torch.onnx.is_in_onnx_export()
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.is_cuda or x.device.type in _DEVICES_WITH_KERNELS
 
 
 @functools.cache
@@ -80,11 +68,10 @@ def _warn_of_plain(device_type: str) -> None:
     warnings.warn(
         f"eva_attn has no kernels for {device_type}, and computes in plain PyTorch, with memory quadratic in "
         "the number of tokens",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
-@_or_plain
 def eva_attention(
     query: Tensor,
     key: Tensor,
@@ -180,7 +167,6 @@ def eva_attention(
     return _attend(_EVA_ATTENTION, (query, key, value), sizes, projection, noise, attention)
 
 
-@_or_plain
 def eva_attention_qkvpacked(
     qkv: Tensor,
     *,
@@ -232,7 +218,6 @@ def eva_attention_qkvpacked(
     return _attend(_EVA_ATTENTION_QKVPACKED, (qkv,), sizes, projection, noise, attention)
 
 
-@_or_plain
 def chunk_summary(
     query: Tensor,
     key: Tensor,
@@ -267,18 +252,19 @@ def chunk_summary(
         "key_padding_mask": key_padding_mask,
         "scale": scale,
         "mean_divisor": mean_divisor,
-        "tangent": is_tangent(projection),
-        **projection_arguments(projection),
     }
+    tensors, tangent = (query, key, value), is_tangent(projection)
+    if _lacks_kernels(query):
+        return _plain("chunk_summary", tensors, {**options, "projection": projection})
+    options |= {"tangent": tangent, **projection_arguments(projection)}
     landmark_key, landmark_value, *_, landmark_entropy = _call(
-        torch.ops.eva_attn.chunk_summary, (query, key, value), options
+        torch.ops.eva_attn.chunk_summary, tensors, options
     )
-    if options["tangent"]:
+    if tangent:
         return landmark_key, landmark_value, landmark_entropy
     return landmark_key, landmark_value
 
 
-@_or_plain
 def window_attention(
     query: Tensor,
     key: Tensor,
@@ -334,6 +320,8 @@ def window_attention(
     options = dict(zip(_SIZE_NAMES + _ATTENTION_NAMES, sizes + attention, strict=True))
     options["landmark_entropy"] = landmark_entropy
     tensors = (query, key, value, landmark_key, landmark_value)
+    if _lacks_kernels(query):
+        return _plain("window_attention", tensors, options)
     return _call(torch.ops.eva_attn.window_attention, tensors, options)[0]
 
 
@@ -347,15 +335,29 @@ def _attend(
 ) -> Tensor:
     """The output of both halves by one of `ops`, whose other arguments are in the schema's order."""
     op, direct = ops
+    first = tensors[0]
+    is_eager = _is_eager(first)
+    if not is_eager and _lacks_kernels(first):
+        options = dict(zip(_SIZE_NAMES + _ATTENTION_NAMES, sizes + attention, strict=True))
+        options |= {"projection": projection, "noise": noise}
+        return _plain("eva_attention" if len(tensors) == 3 else "eva_attention_qkvpacked", tensors, options)
     weights, norm_eps = _projection_weights(projection)
-    if not _is_distributed(tensors[0]):
+    if is_eager or not _is_distributed(first):
         # By position: to parse two dozen names takes longer than to launch a kernel.
         arguments = (*tensors, *sizes, *weights, noise, *attention, norm_eps, 0, is_tangent(projection))
-        return direct(*arguments) if _is_eager(tensors[0]) else op(*arguments)[0]
+        return direct(*arguments) if is_eager else op(*arguments)[0]
     names = (*_SIZE_NAMES, *_WEIGHT_NAMES, "noise", *_ATTENTION_NAMES, "norm_eps", "tangent")
     values = (*sizes, *weights, noise, *attention, norm_eps, is_tangent(projection))
     options = dict(zip(names, values, strict=True))
     return _call(op, tensors, options)[0]
+
+
+def _plain(name: str, tensors: Sequence[Tensor | None], options: dict[str, Any]) -> Any:
+    """`reference`'s function of that name, which draws a dropout seed itself."""
+    from . import reference
+
+    options.pop("dropout_seed", None)
+    return getattr(reference, name)(*tensors, **options)
 
 
 def _call(op: Callable[..., Any], tensors: Sequence[Any], options: dict[str, Any]) -> Sequence[Tensor]:
@@ -368,11 +370,13 @@ def _call(op: Callable[..., Any], tensors: Sequence[Any], options: dict[str, Any
 
 
 def _is_eager(x: Tensor) -> bool:
-    """Whether nobody looks at the calls of functions on `x`: no compiler, no mode, no class of its own."""
+    """Whether kernels take `x` and nobody looks at the calls of functions on it: no compiler, no mode, no class."""
     return (
         not torch.compiler.is_compiling()
         and type(x) in _PLAIN_TENSORS
         and not torch._C._is_torch_function_mode_enabled()
+        and not torch.jit.is_tracing()
+        and _has_kernels(x)
     )
 
 

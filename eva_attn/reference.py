@@ -29,7 +29,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def _checked(function: _Function) -> _Function:
     """`function`, refusing what its namesake in `functional` refuses: that one runs first, on the meta
     device, except in compiled code."""
-    operator, signature = getattr(functional, function.__name__).__wrapped__, inspect.signature(function)
+    operator, signature = getattr(functional, function.__name__), inspect.signature(function)
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
