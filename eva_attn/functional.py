@@ -370,7 +370,7 @@ def _call(op: Callable[..., Any], tensors: Sequence[Any], options: dict[str, Any
 
 
 def _is_eager(x: Tensor) -> bool:
-    """Whether kernels take `x` and nobody looks at the calls of functions on it: no compiler, no mode, no class."""
+    """Whether kernels take `x` and nobody looks at calls of functions on it: no compiler, mode or class."""
     return (
         not torch.compiler.is_compiling()
         and type(x) in _PLAIN_TENSORS
