@@ -32,7 +32,6 @@ void forward(const Call& call, const Tensors<4>& outputs) {
     const auto& [output, logsumexp, landmarks, statistics] = outputs;
     const auto [landmark_key, landmark_value, key_mean, query_mean, entropy] =
         Results(call, landmarks, statistics);
-    prefer_huge_pages(output);
     const Geometry geometry = concrete(call.geometry);
     Summary summary(call, geometry, key_mean, query_mean, entropy);
     const Attention attention(call, geometry, landmark_key, landmark_value, entropy, output, logsumexp);
@@ -49,7 +48,6 @@ void backward(const Call& call, const Tensor& grad_output, const Tensors<4>& out
         Results(call, landmarks.contiguous(), statistics.contiguous());
     const auto& [grad_query, grad_key, grad_value, w0, w1, w2, w3, w4, w5, w6, w7, grad_relative_bias] =
         gradients;
-    for (const Tensor& gradient : {grad_query, grad_key, grad_value}) prefer_huge_pages(gradient);
     const Geometry geometry = concrete(call.geometry);
     Attention attention(call, geometry, landmark_key, landmark_value, entropy, output, logsumexp);
     Summary summary(call, geometry, key_mean, query_mean, entropy);

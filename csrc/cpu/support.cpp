@@ -7,9 +7,6 @@
 #include <ATen/ops/zeros.h>
 #include <algorithm>
 #include <c10/core/CPUAllocator.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace eva_attn::cpu {
 namespace {
@@ -56,16 +53,6 @@ Projection projection(const ProjectionTensors& tensors) {
             .bias = data(tensors.bias),
             .norm_weight = data(tensors.norm_weight),
             .norm_bias = data(tensors.norm_bias)};
-}
-
-void prefer_huge_pages([[maybe_unused]] const Tensor& tensor) {
-#if defined(__linux__)
-    constexpr uintptr_t kPage = 2 << 20;
-    const auto begin = reinterpret_cast<uintptr_t>(tensor.storage().data());
-    const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-    const uintptr_t last = (begin + tensor.storage().nbytes()) / kPage * kPage;
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
 }
 
 Tensor chunk_extents(const Shape& shape, const Tensor& mask) {

@@ -21,10 +21,6 @@ struct ProjectionTensors {
 ProjectionTensors projection_tensors(const ProjectionWeights& weights, at::ScalarType accumulation);
 Projection projection(const ProjectionTensors& tensors);
 
-// Before a large result is written: has fresh memory mapped in large pages, a fault each, where Linux does so
-// on request.
-void prefer_huge_pages(const Tensor& tensor);
-
 // int32 [B or 1, C, 4]; `mask` is bool [B, N], contiguous, or undefined.
 Tensor chunk_extents(const Shape& shape, const Tensor& mask);
 // Adds the terms along dimension 0, always in the same order.
