@@ -66,7 +66,7 @@ struct WindowGradSm90Maps {
     CUtensorMap grad_query, grad_key, grad_value;
 };
 
-template <class Traits>
+template <class Traits, bool kMayBeCausal>
 struct WindowGradSm90 {
     using S = typename Traits::S;
     using RowTile = typename Traits::Tile;
@@ -79,6 +79,8 @@ struct WindowGradSm90 {
     const WindowGradSm90Plan& plan;
     const WindowGradSm90Maps& maps;
     typename Traits::Shared& shared;
+
+    __device__ bool is_causal() const { return kMayBeCausal && p.shape.geometry.is_causal; }
 
     __device__ void init_barriers() const {
         constexpr int kWarps = kWarpgroupSize / kWarpSize;
@@ -103,13 +105,13 @@ struct WindowGradSm90 {
         int first_row, first_column, window_end, end;
 
         __device__ int row_tile(int warpgroup) const {
-            return first_row + (warpgroup ^ (first_row / 2 & 1)); // causal tiles differ in cost
+            // Causal tiles differ in cost.
+            return first_row + (kMayBeCausal ? warpgroup ^ (first_row / 2 & 1) : warpgroup);
         }
     };
 
     template <class F>
     __device__ void for_each_round(const F& f) const {
-        const bool is_causal = p.shape.geometry.is_causal;
         const int width = plan.windows.queries.width;
 #pragma unroll 1
         for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan)) {
@@ -121,10 +123,10 @@ struct WindowGradSm90 {
                 for (int first = 0; first < tiles; first += Traits::kWarpgroups) {
                     Round round{at, half == 0, x0, tokens, tiles, first, 0, tiles, tiles};
                     if (round.of_keys) {
-                        if (is_causal) round.first_column = first;
+                        if (is_causal()) round.first_column = first;
                     } else {
                         const int last = min(first + Traits::kWarpgroups, tiles);
-                        if (is_causal) round.window_end = last;
+                        if (is_causal()) round.window_end = last;
                         const int landmarks = landmarks_before(x0 + kTileRows * last - 1);
                         round.end = round.window_end + (landmarks + kTileRows - 1) / kTileRows;
                     }
@@ -285,19 +287,19 @@ struct WindowGradSm90 {
     }
     __device__ int landmarks_before(int token) const {
         const int landmarks = static_cast<int>(p.num_landmarks);
-        return p.shape.geometry.is_causal ? min(landmarks, token / plan.chunk_width) : landmarks;
+        return is_causal() ? min(landmarks, token / plan.chunk_width) : landmarks;
     }
 
-    // Begins a = rows.first columns.first^T and b = rows.second columns.second^T, and waits for them and
+    // Begins a = rows.first columns.first^T and b = rows.second columns.second^T, and waits for a and
     // whatever was begun before.
     __device__ static void multiply_rows(ScoreTile& a, ScoreTile& b, const Pair& rows, const Pair& columns) {
         warpgroup_fence();
         begin_transposed_product(a, rows.first, columns.first);
+        warpgroup_commit();
         begin_transposed_product(b, rows.second, columns.second);
         warpgroup_commit();
-        warpgroup_wait();
+        warpgroup_wait<1>();
         fence_registers(a);
-        fence_registers(b);
     }
     // Numbers of the queries on columns 8 n + score_column() and one further.
     __device__ static float2 numbers_at(const float* numbers, int n) {
@@ -372,7 +374,6 @@ struct WindowGradSm90 {
                                        uint64_t*& stored) const {
         const float scale = static_cast<float>(p.scale), scale_log2 = scale * kLog2e;
         const int tile = round.row_tile(warpgroup);
-        const bool is_causal = p.shape.geometry.is_causal;
         const int64_t sequence = sequence_of(round.at);
         float chunk_weight[2], chunk_grad[2];
 #pragma unroll
@@ -384,13 +385,13 @@ struct WindowGradSm90 {
             chunk_grad[r] = inside ? static_cast<const float*>(p.chunk_terms.token_grad)[at] : 0.0f;
         }
         Gradient grad_key = {}, grad_value = {};
-        meet_columns(round, is_causal ? tile : 0, round.tiles, column, stored,
+        meet_columns(round, is_causal() ? tile : 0, round.tiles, column, stored,
                      [&](int slot, int i, const auto& release_previous) {
                          const Pair& columns = shared.columns[slot];
                          ScoreTile score, grad_weight;
                          multiply_rows(score, grad_weight, rows, columns);
                          release_previous();
-                         if (is_causal && i == tile) {
+                         if (is_causal() && i == tile) {
 #pragma unroll
                              for (int n = 0; n < kTileRows / 8; ++n)
 #pragma unroll
@@ -413,7 +414,13 @@ struct WindowGradSm90 {
                              begin_product(grad_value, weight, columns.second);
                              warpgroup_commit();
                          };
-                         if constexpr (kOverlapsSteps) begin_values();
+                         if constexpr (kOverlapsSteps) {
+                             begin_values();
+                             warpgroup_wait<1>();
+                         } else {
+                             warpgroup_wait();
+                         }
+                         fence_registers(grad_weight);
 #pragma unroll
                          for (int n = 0; n < kTileRows / 8; ++n) {
                              const float2 delta = numbers_at(shared.delta[slot], n);
@@ -456,7 +463,6 @@ struct WindowGradSm90 {
                                          uint64_t*& stored) const {
         const float scale = static_cast<float>(p.scale), scale_log2 = scale * kLog2e;
         const int tile = round.row_tile(warpgroup);
-        const bool is_causal = p.shape.geometry.is_causal;
         const int64_t sequence = sequence_of(round.at);
         float logsumexp[2], delta[2];
         int visible_keys[2], visible_landmarks[2]; // of the first window column, or landmark, onward
@@ -467,11 +473,11 @@ struct WindowGradSm90 {
             const int64_t at = sequence + round.x0 + row;
             logsumexp[r] = inside ? static_cast<const float*>(p.logsumexp)[at] * kLog2e : kInfinity;
             delta[r] = inside ? static_cast<const float*>(p.delta)[at] * scale : 0.0f;
-            visible_keys[r] = is_causal ? min(row + 1, round.tokens) : round.tokens;
+            visible_keys[r] = is_causal() ? min(row + 1, round.tokens) : round.tokens;
             visible_landmarks[r] = landmarks_before(round.x0 + row);
         }
         Gradient grad_query = {};
-        meet_columns(round, 0, is_causal ? tile + 1 : round.tiles, column, stored,
+        meet_columns(round, 0, is_causal() ? tile + 1 : round.tiles, column, stored,
                      [&](int slot, int i, const auto& release_previous) {
                          const Pair& columns = shared.columns[slot];
                          ScoreTile score, grad_weight;
@@ -493,11 +499,18 @@ struct WindowGradSm90 {
                          }
                          Operand grad_score;
 #pragma unroll
+                         for (int n = 0; n < kTileRows / 8; ++n)
+#pragma unroll
+                             for (int e = 0; e < 4; ++e)
+                                 score[n][e] = exp2_approx(score[n][e] * scale_log2 - logsumexp[e / 2]);
+                         fence_registers(score);
+                         warpgroup_wait();
+                         fence_registers(grad_weight);
+#pragma unroll
                          for (int n = 0; n < kTileRows / 8; ++n) {
 #pragma unroll
                              for (int e = 0; e < 4; ++e)
-                                 score[n][e] = exp2_approx(score[n][e] * scale_log2 - logsumexp[e / 2]) *
-                                               (grad_weight[n][e] * scale - delta[e / 2]);
+                                 score[n][e] *= grad_weight[n][e] * scale - delta[e / 2];
                              put_operand(grad_score, n, score[n]);
                          }
                          warpgroup_fence();
@@ -533,14 +546,14 @@ struct WindowGradSm90 {
 };
 
 // Compiled for Hopper alone, as the launch bounds tell.
-template <class Traits>
+template <class Traits, bool kMayBeCausal>
 __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize, 1)
     window_attention_bwd_sm90_kernel(const __grid_constant__ AttentionParams p,
                                      const __grid_constant__ WindowGradSm90Plan plan,
                                      const __grid_constant__ WindowGradSm90Maps maps) {
     if constexpr (kHasWarpgroups) {
         extern __shared__ __align__(1024) char window_grad_memory[];
-        const WindowGradSm90<Traits> gradients{
+        const WindowGradSm90<Traits, kMayBeCausal> gradients{
             p, plan, maps, *reinterpret_cast<typename Traits::Shared*>(window_grad_memory)};
         const int role = threadIdx.x / kWarpSize - Traits::kConsumers / kWarpSize;
         if (threadIdx.x == 0) gradients.init_barriers();
@@ -560,7 +573,10 @@ __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize,
 template <class Traits>
 bool launch_window_attention_bwd_sm90(const AttentionParams& p, cudaStream_t stream) {
     const Geometry& g = p.shape.geometry;
-    const auto kernel = window_attention_bwd_sm90_kernel<Traits>;
+    constexpr bool kIsWide = Traits::kHeadDim > 64;
+    const bool may_be_causal = kIsWide || g.is_causal;
+    const auto kernel = may_be_causal ? window_attention_bwd_sm90_kernel<Traits, true>
+                                      : window_attention_bwd_sm90_kernel<Traits, kIsWide>;
     const Windows w = Windows::of(p);
     if (p.dropout.threshold > 0 || p.key_padding_mask || p.landmark_bias || p.extents || p.relative_bias ||
         g.num_prefix_tokens > 0 || g.windows_overlap() || w.queries.height > 1 || g.grid_height > 1 ||
@@ -575,8 +591,8 @@ bool launch_window_attention_bwd_sm90(const AttentionParams& p, cudaStream_t str
     const int64_t num_windows = p.shape.batch * p.shape.heads * w.num_windows;
     if (num_windows == 0) return true;
     constexpr int kBytes = sizeof(typename Traits::Shared);
-    static LimitsOf limits_of;
-    const KernelLimits& limits = limits_of(kernel);
+    static LimitsOf limits_of[2];
+    const KernelLimits& limits = limits_of[may_be_causal](kernel);
     if (num_windows > INT_MAX || limits.threads < Traits::kThreads || limits.shared_bytes < kBytes)
         return false;
     const WindowGradSm90Plan plan{
