@@ -38,15 +38,20 @@ __device__ inline void begin_transposed_product(float (&c)[kTileRows / 8][4],
                                     tile_descriptor(b.panel[d / 4]) + d % 4 * 2, d > 0);
 }
 
-// c += a b, of an `a` in registers.
-template <class S, int kHeadDim, int kSteps>
-__device__ inline void begin_product(float (&c)[kHeadDim / 8][4], const uint32_t (&a)[kSteps][4],
-                                     const WarpgroupTile<S, kHeadDim, 16 * kSteps>& b) {
+// c += a b, of an `a` in registers: the steps [kFrom, kTo) of sixteen columns of it.
+template <int kFrom, int kTo, class S, int kHeadDim, int kSteps>
+__device__ inline void begin_steps(float (&c)[kHeadDim / 8][4], const uint32_t (&a)[kSteps][4],
+                                   const WarpgroupTile<S, kHeadDim, 16 * kSteps>& b) {
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k)
+    for (int k = kFrom; k < kTo; ++k)
 #pragma unroll
         for (int panel = 0; panel < kHeadDim / 64; ++panel)
             warpgroup_multiply<S, 1>(panel_of(c, panel), a[k], tile_descriptor(b.panel[panel]) + k * 128, 1);
+}
+template <class S, int kHeadDim, int kSteps>
+__device__ inline void begin_product(float (&c)[kHeadDim / 8][4], const uint32_t (&a)[kSteps][4],
+                                     const WarpgroupTile<S, kHeadDim, 16 * kSteps>& b) {
+    begin_steps<0, kSteps>(c, a, b);
 }
 
 // Such an `a` that is zeros but for x[r] in column[r] of the thread's two rows, where that is among its

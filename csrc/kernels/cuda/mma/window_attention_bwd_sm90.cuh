@@ -506,15 +506,20 @@ struct WindowGradSm90 {
                          fence_registers(score);
                          warpgroup_wait();
                          fence_registers(grad_weight);
+                         const auto weigh = [&](int first) {
 #pragma unroll
-                         for (int n = 0; n < kTileRows / 8; ++n) {
+                             for (int n = first; n < first + kTileRows / 16; ++n) {
 #pragma unroll
-                             for (int e = 0; e < 4; ++e)
-                                 score[n][e] *= grad_weight[n][e] * scale - delta[e / 2];
-                             put_operand(grad_score, n, score[n]);
-                         }
-                         warpgroup_fence();
-                         begin_product(grad_query, grad_score, columns.first);
+                                 for (int e = 0; e < 4; ++e)
+                                     score[n][e] *= grad_weight[n][e] * scale - delta[e / 2];
+                                 put_operand(grad_score, n, score[n]);
+                             }
+                             warpgroup_fence();
+                         };
+                         weigh(0);
+                         begin_steps<0, 2>(grad_query, grad_score, columns.first);
+                         weigh(kTileRows / 16);
+                         begin_steps<2, 4>(grad_query, grad_score, columns.first);
                          warpgroup_commit();
                      });
         wait(grad_query);
