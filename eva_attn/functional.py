@@ -349,7 +349,8 @@ def _attend(
     names = (*_SIZE_NAMES, *_WEIGHT_NAMES, "noise", *_ATTENTION_NAMES, "norm_eps", "tangent")
     values = (*sizes, *weights, noise, *attention, norm_eps, is_tangent(projection))
     options = dict(zip(names, values, strict=True))
-    return _call(op, tensors, options)[0]
+    # What comes beside the output is not laid out by batch and head.
+    return _call(lambda *x, **named: op(*x, **named)[:1], tensors, options)[0]
 
 
 def _plain(name: str, tensors: Sequence[Tensor | None], options: dict[str, Any]) -> Any:
