@@ -40,13 +40,10 @@ Summary::Summary(const Call& call, const Geometry& geometry, const SummaryResult
           .landmark_entropy = results.landmark_entropy,
       } {}
 
-Tensor Summary::empty(at::IntArrayRef sizes) const {
-    return at::empty(sizes, at::dtype(accumulation_).device(device_));
-}
-
 void Summary::allocate_means() {
     const Shape& shape = params_.shape;
-    means_ = empty({2, shape.batch * shape.heads, shape.geometry.num_chunks(), shape.head_dim});
+    means_ =
+        at::empty({2, shape.batch * shape.heads, shape.geometry.num_chunks(), shape.head_dim}, options());
     params_.key_mean = data(means_);
     params_.query_mean = data(means_.select(0, 1));
     params_.rounded_mean = false;
@@ -68,7 +65,8 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
                        cudaStream_t stream, Room& room) {
     const Shape& shape = params_.shape;
     const Geometry& geometry = shape.geometry;
-    const auto options = at::dtype(accumulation_).device(device_);
+    const auto options = this->options();
+    const auto empty = [&](at::IntArrayRef sizes) { return at::empty(sizes, options); };
     const int64_t heads = shape.batch * shape.heads, num_chunks = geometry.num_chunks();
     const SummaryBackward backward = backward_for(dtype_, params_);
     const int64_t per_chunk[] = {heads, num_chunks, shape.head_dim};

@@ -21,7 +21,7 @@ class Summary {
     const SummaryParams& params() const { return params_; }
 
   private:
-    Tensor empty(at::IntArrayRef sizes) const;
+    at::TensorOptions options() const { return at::dtype(accumulation_).device(device_); } // of sums
     // Room for means that are not kept, for kernels that need them.
     void allocate_means();
 

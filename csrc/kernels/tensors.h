@@ -20,4 +20,8 @@ struct Shape {
     Geometry geometry;
 };
 
+// Chunks of at most as many 16-bit tokens, of at most as many channels, have kernels of their own on CUDA.
+// From forward to backward these keep one mean alone, rounded.
+constexpr int kFewMembers = 4, kFewMembersHeadDim = 64;
+
 } // namespace eva_attn

@@ -2,8 +2,8 @@
 
 #include <ATen/ops/as_strided.h>
 
+#include "kernels/tensors.h"
 #include "ops/autocast.h"
-#include "ops/chunk_summary.h"
 #include "ops/schema.h"
 
 namespace eva_attn {
@@ -54,7 +54,7 @@ bool keeps_means(const Call& call) {
     const bool is_half = dtype == at::kBFloat16 || dtype == at::kHalf;
     if (!is_half || call.summary.tangent || g.chunk_overlap_y != 0 || g.chunk_overlap_x != 0) return true;
     const c10::SymInt head_dim = call.query.sym_size(3);
-    return g.chunk_height * g.chunk_width > 4 || head_dim > 64 || head_dim % 8 != 0;
+    return g.chunk_height * g.chunk_width > kFewMembers || head_dim > kFewMembersHeadDim || head_dim % 8 != 0;
 }
 
 Tensors<4> prepare_eva_attention(const Call& call) {

@@ -7,8 +7,8 @@
 namespace eva_attn::cuda::mma {
 
 struct FewMembersGradTraits {
-    static constexpr int kHeadDim = 64, kLanes = kHeadDim / 8;
-    static constexpr int kMembers = 4;
+    static constexpr int kHeadDim = kFewMembersHeadDim, kLanes = kHeadDim / 8;
+    static constexpr int kMembers = kFewMembers;
     static constexpr int kThreads = 256, kRows = kThreads / kLanes, kCtasPerSm = 2;
     static constexpr int kParts = kHeadDim / 16; // of a product, each a warp's
     static_assert(kThreads / kWarpSize == 2 * kParts && kMembers == 4);

@@ -445,8 +445,8 @@ __global__ void __launch_bounds__(SummaryFwdTraits<kHeadDim>::kThreads,
 // Chunks of a few members, all rows of which the lanes of a group read at once: keys are read only once, and
 // nothing but the products is shared between warps.
 struct FewMembersTraits {
-    static constexpr int kHeadDim = 64, kLanes = kHeadDim / 8;
-    static constexpr int kMembers = 4;
+    static constexpr int kHeadDim = kFewMembersHeadDim, kLanes = kHeadDim / 8;
+    static constexpr int kMembers = kFewMembers;
     static constexpr int kThreads = 256, kRows = kThreads / kLanes, kCtasPerSm = 2;
     static constexpr int kParts = kHeadDim / 16; // of a product, each a warp's
     static_assert(kThreads / kWarpSize == 2 * kParts);
