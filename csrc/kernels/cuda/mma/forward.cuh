@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/cuda/mma/chunk_summary_fwd.cuh"
+#include "kernels/cuda/mma/chunk_summary_fwd_tile.cuh"
 #include "kernels/cuda/mma/forward.h"
 #include "kernels/cuda/mma/prefix_attention_fwd.cuh"
 #include "kernels/cuda/mma/window_attention_fwd.cuh"
@@ -11,6 +12,7 @@ namespace eva_attn::cuda::mma {
 
 template <class S>
 void Forward<S>::chunk_summary(const SummaryParams& p, cudaStream_t stream) {
+    if (launch_chunk_summary_fwd_tile<S>(p, stream)) return;
     p.shape.head_dim <= 64 ? launch_chunk_summary_fwd<S, 64>(p, stream)
                            : launch_chunk_summary_fwd<S, 128>(p, stream);
 }

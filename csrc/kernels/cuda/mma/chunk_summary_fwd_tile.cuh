@@ -1,0 +1,439 @@
+// Landmarks of small chunks, forward. A warp takes as many chunks of a batch as fit into its slots for
+// tokens, eight at most, and needs no other warp: the members' rows lie in shared memory, and all that
+// belongs to the chunks is in fragments of tensor cores, a chunk in each row. Where a float is a factor of a
+// product, its high half is in the first eight rows of an operand and its low half in the last eight.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels/cuda/mma/projection.cuh"
+
+namespace eva_attn::cuda::mma {
+
+template <int kSlots_>
+struct SummaryTileTraits {
+    static constexpr int kSlots = kSlots_, kMaxChunks = 8;
+    static constexpr int kWarps = 512 / kSlots, kThreads = kWarps * kWarpSize;
+    static constexpr int kSteps = kSlots / 16;        // of products that sum over tokens
+    static constexpr int kOwned = kSlots / kWarpSize; // slots that a lane finds the tokens of
+    static constexpr int kHeadDim = 64, kTiles = kHeadDim / 8;
+    static constexpr int kLanes = kHeadDim / 8, kRowsPerCopy = kWarpSize / kLanes, kRowBytes = 2 * kHeadDim;
+
+    using Weights = ProjectionWeights<kHeadDim>; // [2]: of the key's projection, of the query's
+    template <class S>
+    using Slots = S[3][kSlots * kHeadDim]; // of a warp: rows of queries, keys, values
+};
+
+struct SummaryTilePlan {
+    BoxShape members;
+    uint32_t size_reciprocal; // of the members
+    int chunk_height, chunk_width, columns, num_chunks;
+    int overlap_y, overlap_x;
+    int grid_height, grid_width, num_prefix_tokens;
+    int chunks_per_tile, tiles_per_batch, num_tiles;
+    int warps; // of a CTA, those with slots
+};
+
+// Floats [8, 8 kTiles]: with group = lane / 4 and pair = 2 * (lane % 4), a lane holds columns pair and pair +
+// 1 of every eight in row `group`.
+template <int kTiles>
+using EightRows = float[kTiles][2];
+
+// ... as left factors of products.
+template <class S, int kTiles>
+__device__ inline void split(uint32_t (&a)[kTiles / 2][4], const EightRows<kTiles>& x) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+        const uint32_t high = pack<S>(x[n][0], x[n][1]);
+        const float2 rounded = unpack<S>(high);
+        a[n / 2][n % 2 * 2] = high;
+        a[n / 2][n % 2 * 2 + 1] = pack<S>(x[n][0] - rounded.x, x[n][1] - rounded.y);
+    }
+}
+__device__ inline float add_halves(const float (&product)[4], int i) { return product[i] + product[i + 2]; }
+
+// ... as the first `columns` of a row of S, eight bytes a lane.
+template <class S, int kTiles>
+__device__ inline void store_row(S* row, const EightRows<kTiles>& x, int columns) {
+    // A lane of a pair takes four columns of the first eight, the other four of the last.
+    const int lane = threadIdx.x % kWarpSize, odd = lane & 1, first = odd * 8 + lane % 4 / 2 * 4;
+    S* const to = row + first;
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 2) {
+        const uint32_t left = pack<S>(x[n][0], x[n][1]), right = pack<S>(x[n + 1][0], x[n + 1][1]);
+        const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
+        if (8 * n < columns - first)
+            *reinterpret_cast<uint2*>(to + 8 * n) = odd ? uint2{got, right} : uint2{left, got};
+    }
+}
+
+// Their projection.
+template <int kHeadDim>
+__device__ inline void project(EightRows<kHeadDim / 8>& x, const ProjectionWeights<kHeadDim>& weights,
+                               int head_dim, float eps, bool norm) {
+    using Rows = SplitRows<kHeadDim>;
+    constexpr int kTiles = kHeadDim / 8;
+    const int lane = threadIdx.x % kWarpSize, pair = lane % 4 * 2;
+    const auto vector = [&](const float (&data)[kHeadDim], int n) {
+        return *reinterpret_cast<const float2*>(data + place_of_float<kHeadDim>(8 * n + pair));
+    };
+    uint32_t a[kTiles / 2][4];
+    split<__nv_bfloat16>(a, x);
+    const uint32_t rows = weights.linear().address(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    float sum = 0, squares = 0;
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 2) {
+        float product[2][4] = {};
+#pragma unroll
+        for (int half = 1; half >= 0; --half)
+#pragma unroll
+            for (int k = 0; k < kTiles / 2; ++k) {
+                uint32_t b[4];
+                load_matrix(b, (rows ^ 32 * k) + 8 * n * Rows::kRowBytes + half * Rows::kLowBytes);
+                multiply_add<__nv_bfloat16>(product[0], a[k], b[0], b[1]);
+                multiply_add<__nv_bfloat16>(product[1], a[k], b[2], b[3]);
+            }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float2 bias = vector(weights.bias, n + i);
+            x[n + i][0] = add_halves(product[i], 0) + bias.x;
+            x[n + i][1] = add_halves(product[i], 1) + bias.y;
+            sum += x[n + i][0] + x[n + i][1];
+        }
+    }
+    if (!norm) return;
+    const float reciprocal_dim = 1.0f / static_cast<float>(head_dim), mean = quad_sum(sum) * reciprocal_dim;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            x[n][i] -= 8 * n < head_dim ? mean : 0.0f;
+            squares += x[n][i] * x[n][i];
+        }
+    const float rstd = rsqrtf(quad_sum(squares) * reciprocal_dim + eps);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+        const float2 factor = vector(weights.norm_weight, n), shift = vector(weights.norm_bias, n);
+        x[n][0] = x[n][0] * rstd * factor.x + shift.x;
+        x[n][1] = x[n][1] * rstd * factor.y + shift.y;
+    }
+}
+
+template <class S, int kSlots>
+__global__ void __launch_bounds__(SummaryTileTraits<kSlots>::kThreads, 1)
+    chunk_summary_fwd_tile_kernel(const __grid_constant__ SummaryParams p,
+                                  const __grid_constant__ SummaryTilePlan plan) {
+    using Traits = SummaryTileTraits<kSlots>;
+    constexpr int kTiles = Traits::kTiles, kSteps = Traits::kSteps, kOwned = Traits::kOwned;
+    constexpr int kQuery = 0, kKey = 1, kValue = 2;
+    extern __shared__ __align__(1024) char memory[];
+    auto* const weights = reinterpret_cast<typename Traits::Weights*>(memory);
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    auto& slots = reinterpret_cast<typename Traits::template Slots<S>*>(weights + 2)[warp];
+    const auto rows_of = [&](int which) { return Tile<S, Traits::kHeadDim>{slots[which]}; };
+    const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
+    const bool has_mu = !p.has_projection || p.has_query_projection;
+
+    // Of the slots that this lane finds the tokens of, which are the `unit`-th of the rows that its eight
+    // lanes copy: which chunk's, and where in it.
+    const int unit = lane % Traits::kLanes, outside = unit * 8 < head_dim ? 0 : -1;
+    int slot_chunk[kOwned], slot_y[kOwned], slot_x[kOwned];
+#pragma unroll
+    for (int i = 0; i < kOwned; ++i) {
+        const int slot = i * kWarpSize + unit * Traits::kRowsPerCopy + lane / Traits::kLanes;
+        const int chunk = divide(slot, plan.size_reciprocal), member = slot - chunk * plan.members.size();
+        slot_chunk[i] = min(chunk, kWarpSize - 1);
+        slot_y[i] = divide(member, plan.members.width_reciprocal);
+        slot_x[i] = member - slot_y[i] * plan.members.width;
+    }
+    struct Chunks {
+        int batch;
+        int row;               // of landmarks, of chunk `lane`, negative where there is none
+        int offset[3][kOwned]; // of this lane's tokens, in 16 bytes, negative where there is none
+        uint32_t valid[kOwned];
+    };
+    const auto find = [&](int tile) {
+        Chunks found;
+        found.batch = static_cast<unsigned>(tile) / static_cast<unsigned>(plan.tiles_per_batch);
+        const int index = (tile - found.batch * plan.tiles_per_batch) * plan.chunks_per_tile + lane;
+        const int chunk = static_cast<unsigned>(index) / static_cast<unsigned>(heads);
+        const int row = static_cast<unsigned>(chunk) / static_cast<unsigned>(plan.columns);
+        const bool exists = tile < plan.num_tiles && lane < plan.chunks_per_tile && chunk < plan.num_chunks;
+        const int own_head = exists ? index - chunk * heads : -1;
+        const int own_y = row * plan.chunk_height - plan.overlap_y;
+        const int own_x = (chunk - row * plan.columns) * plan.chunk_width - plan.overlap_x;
+        found.row = exists ? (found.batch * heads + own_head) * plan.num_chunks + chunk : -1;
+#pragma unroll
+        for (int i = 0; i < kOwned; ++i) {
+            const int head = __shfl_sync(0xffffffffu, own_head, slot_chunk[i]);
+            const int y = __shfl_sync(0xffffffffu, own_y, slot_chunk[i]) + slot_y[i];
+            const int x = __shfl_sync(0xffffffffu, own_x, slot_chunk[i]) + slot_x[i];
+            const int token = plan.num_prefix_tokens + y * plan.grid_width + x;
+            bool valid = head >= 0 && static_cast<unsigned>(y) < static_cast<unsigned>(plan.grid_height) &&
+                         static_cast<unsigned>(x) < static_cast<unsigned>(plan.grid_width);
+            if (p.key_padding_mask && valid)
+                valid = !p.key_padding_mask[found.batch * p.shape.geometry.num_tokens() + token];
+            found.valid[i] = __ballot_sync(0xffffffffu, valid);
+            const auto offset = [&](const Rows& rows) {
+                return valid ? head * static_cast<int>(rows.head_stride / 8) +
+                                   token * static_cast<int>(rows.token_stride / 8)
+                             : -1;
+            };
+            found.offset[kQuery][i] = offset(p.query);
+            found.offset[kKey][i] = offset(p.key);
+            found.offset[kValue][i] = offset(p.value);
+        }
+        return found;
+    };
+    const uint32_t first_copy = shared_address(rows_of(0).unit(lane / Traits::kLanes, unit));
+    const auto copy = [&](int which, const Rows& rows, const Chunks& chunks, bool wanted) {
+        if (wanted) {
+            const S* const column = head_rows<S>(rows, chunks.batch, 0) + unit * 8;
+#pragma unroll
+            for (int i = 0; i < kSlots / Traits::kRowsPerCopy; ++i) {
+                const int offset = __shfl_sync(0xffffffffu, chunks.offset[which][i / Traits::kLanes],
+                                               i % Traits::kLanes, Traits::kLanes);
+                // Every other four rows are permuted the other way round.
+                const uint32_t to = (first_copy ^ i % 2 * 64) +
+                                    (which * kSlots + i * Traits::kRowsPerCopy) * Traits::kRowBytes;
+                copy_async_of(offset | outside, to, column);
+            }
+        }
+        copy_commit();
+    };
+
+    const int step = gridDim.x * plan.warps;
+    int tile = warp < plan.warps ? blockIdx.x + gridDim.x * warp : plan.num_tiles;
+    Chunks next = find(tile);
+    copy(kQuery, p.query, next, has_mu && tile < plan.num_tiles);
+    copy(kKey, p.key, next, tile < plan.num_tiles);
+    copy(kValue, p.value, next, tile < plan.num_tiles);
+    if (p.has_projection) weights[0].template load<S, Traits::kThreads>(p.key_projection, head_dim);
+    if (p.has_query_projection) weights[1].template load<S, Traits::kThreads>(p.query_projection, head_dim);
+    __syncthreads();
+
+    // Slots are bits where `Chunks::valid` has them; shifted by `first_bit`, those of the columns pair and
+    // pair + 1 of every eight are at the same places for all lanes.
+    const int group = lane / 4, pair = lane % 4 * 2, first_bit = lane % 2 * 16 + lane % 4 / 2;
+    const auto column_bit = [](const uint32_t* bits, int n, int i) {
+        return bits[n / 4] >> (8 * i + n % 4 * 2) & 1;
+    };
+    uint32_t own_slots[kOwned] = {}; // of the chunk in this lane's row of eight
+#pragma unroll
+    for (int i = 0; i < kOwned; ++i)
+#pragma unroll
+        for (int chunk = 0; chunk < Traits::kMaxChunks; ++chunk) {
+            const uint32_t slots = __ballot_sync(0xffffffffu, slot_chunk[i] == chunk);
+            if (chunk == group) own_slots[i] = slots;
+        }
+    uint32_t belongs[kSteps][2]; // [8 chunks, kSlots]: 1 where the slot is the chunk's
+    const uint32_t ones = pack<S>(1.0f, 1.0f);
+#pragma unroll
+    for (int n = 0; n < 2 * kSteps; ++n) {
+        const uint32_t bits[] = {own_slots[0] >> first_bit, own_slots[kOwned - 1] >> first_bit};
+        belongs[n / 2][n % 2] =
+            (column_bit(bits, n, 0) ? ones & 0xffffu : 0) | (column_bit(bits, n, 1) ? ones & 0xffff0000u : 0);
+    }
+    // Of the matrices of 16 slots and of 16 channels, those from 8 `unit` onward.
+    const uint32_t first_matrix = shared_address(rows_of(0).unit(lane % 16, lane / 16));
+    const auto address = [&](int which, int step, int unit) {
+        return (first_matrix ^ 16 * unit) + (which * kSlots + 16 * step) * Traits::kRowBytes;
+    };
+    const float scale = static_cast<float>(p.scale) * kLog2e, mu_scale = static_cast<float>(p.mu_scale);
+    const auto eps = static_cast<float>(p.norm_eps);
+
+    for (; tile < plan.num_tiles; tile += step) {
+        const int row = __shfl_sync(0xffffffffu, next.row, group);
+        const int64_t to = static_cast<int64_t>(row) * head_dim;
+        uint32_t valid[kOwned];
+        int count = 0;
+#pragma unroll
+        for (int i = 0; i < kOwned; ++i) {
+            valid[i] = next.valid[i] & own_slots[i];
+            count += __popc(valid[i]);
+            valid[i] >>= first_bit;
+        }
+        const float factor = 1.0f / static_cast<float>(p.mean_divisor ? p.mean_divisor : max(count, 1));
+        const int columns = row >= 0 ? head_dim : 0; // to be written
+        EightRows<kTiles> omega = {};
+        if (p.noise) {
+            const auto* const from = static_cast<const float*>(p.noise) + (to + pair);
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n)
+                if (8 * n < columns) {
+                    const float2 x = *reinterpret_cast<const float2*>(from + 8 * n);
+                    omega[n][0] = x.x, omega[n][1] = x.y;
+                }
+        }
+
+        next = find(tile + step);
+        const bool more = tile + step < plan.num_tiles;
+        copy_wait<1>(); // all but the values
+        __syncwarp();
+        float sums[kTiles][4] = {}; // of keys in the first eight rows, of queries in the last
+        const auto add_members = [&](int which, int s, const uint32_t (&a)[4]) {
+#pragma unroll
+            for (int n = 0; n < kTiles; n += 2) {
+                uint32_t b[4];
+                load_matrix_transposed(b, address(which, s, n));
+                multiply_add<S>(sums[n], a, b[0], b[1]);
+                multiply_add<S>(sums[n + 1], a, b[2], b[3]);
+            }
+        };
+        if (has_mu) {
+#pragma unroll
+            for (int s = 0; s < kSteps; ++s) add_members(kQuery, s, {0, belongs[s][0], 0, belongs[s][1]});
+        }
+        __syncwarp();
+        copy(kQuery, p.query, next, has_mu && more);
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) add_members(kKey, s, {belongs[s][0], 0, belongs[s][1], 0});
+        EightRows<kTiles> key, query;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                key[n][i] = sums[n][i] * factor;
+                query[n][i] = sums[n][i + 2] * factor;
+            }
+
+        const auto store_floats = [&](void* rows, const EightRows<kTiles>& x) {
+            auto* const row = static_cast<float*>(rows) + (to + pair);
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n)
+                if (8 * n < columns) *reinterpret_cast<float2*>(row + 8 * n) = float2{x[n][0], x[n][1]};
+        };
+        if (!p.rounded_mean) {
+            store_floats(p.key_mean, key);
+            if (has_mu) store_floats(p.query_mean, query);
+        } else if (has_mu) {
+            store_row(static_cast<S*>(p.query_mean) + to, query, columns);
+        }
+        if (p.has_projection)
+            project(key, weights[0], head_dim, eps, p.key_projection.norm_weight != nullptr);
+        store_row(static_cast<S*>(p.landmark_key) + to, key, columns);
+        if (p.has_query_projection)
+            project(query, weights[1], head_dim, eps, p.query_projection.norm_weight != nullptr);
+        if (has_mu) {
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) omega[n][i] += mu_scale * (key[n][i] + query[n][i]);
+        }
+
+        // [8 chunks, kSlots], in units of log 2.
+        EightRows<2 * kSteps> logit;
+        float largest = -kInfinity, total = 0.0f;
+        {
+            uint32_t a[kTiles / 2][4];
+            split<S>(a, omega);
+#pragma unroll
+            for (int s = 0; s < kSteps; ++s) {
+                float products[2][4] = {}, squares[2][4] = {}; // squared norms of keys are on the diagonal
+#pragma unroll
+                for (int k = 0; k < kTiles / 2; ++k) {
+                    uint32_t b[4];
+                    load_matrix(b, address(kKey, s, 2 * k));
+#pragma unroll
+                    for (int n = 0; n < 2; ++n) {
+                        multiply_add<S>(squares[n], b, b[n], b[n + 2]);
+                        multiply_add<S>(products[n], a[k], b[n], b[n + 2]);
+                    }
+                }
+#pragma unroll
+                for (int n = 0; n < 2; ++n)
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const float norm =
+                            __shfl_sync(0xffffffffu, squares[n][2 * n + i], 9 * (lane % 4) + 4 * i);
+                        float& x = logit[2 * s + n][i];
+                        x = scale * (add_halves(products[n], i) - 0.5f * norm);
+                        if (!column_bit(valid, 2 * s + n, i)) x = -kInfinity;
+                        largest = fmaxf(largest, x);
+                    }
+            }
+        }
+        __syncwarp();
+        copy(kKey, p.key, next, more);
+        largest = quad_max(largest);
+        if (largest == -kInfinity) largest = 0.0f;
+#pragma unroll
+        for (int n = 0; n < 2 * kSteps; ++n)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) total += logit[n][i] = exp2_approx(logit[n][i] - largest);
+        total = quad_sum(total);
+
+        uint32_t a[kSteps][4];
+        split<S>(a, logit);
+        copy_wait<2>(); // the values
+        __syncwarp();
+        EightRows<kTiles> value;
+#pragma unroll
+        for (int n = 0; n < kTiles; n += 2) {
+            float products[2][4] = {};
+#pragma unroll
+            for (int s = 0; s < kSteps; ++s) {
+                uint32_t b[4];
+                load_matrix_transposed(b, address(kValue, s, n));
+                multiply_add<S>(products[0], a[s], b[0], b[1]);
+                multiply_add<S>(products[1], a[s], b[2], b[3]);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) value[n + i / 2][i % 2] = add_halves(products[i / 2], i % 2);
+        }
+        __syncwarp();
+        copy(kValue, p.value, next, more);
+        const float reciprocal = total > 0.0f ? 1.0f / total : 0.0f;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) value[n][0] *= reciprocal, value[n][1] *= reciprocal;
+        store_row(static_cast<S*>(p.landmark_value) + to, value, columns);
+    }
+}
+
+template <class S, int kSlots>
+void launch_chunk_summary_fwd_tile(const SummaryParams& p, const BoxShape& members, cudaStream_t stream) {
+    using Traits = SummaryTileTraits<kSlots>;
+    const Geometry& g = p.shape.geometry;
+    const auto kernel = chunk_summary_fwd_tile_kernel<S, kSlots>;
+    static LimitsOf limits_of;
+    constexpr int kWeightBytes = 2 * sizeof(typename Traits::Weights);
+    constexpr int kBytesPerWarp = sizeof(typename Traits::template Slots<S>);
+    const int warps =
+        std::min((limits_of(kernel).shared_bytes - kWeightBytes) / kBytesPerWarp, Traits::kWarps);
+    const int chunks_per_tile = std::min(kSlots / members.size(), Traits::kMaxChunks);
+    const int64_t tiles_per_batch = detail::ceil_div(g.num_chunks() * p.shape.heads, chunks_per_tile);
+    const SummaryTilePlan plan{
+        .members = members,
+        .size_reciprocal = reciprocal(members.size()),
+        .chunk_height = static_cast<int>(g.chunk_height),
+        .chunk_width = static_cast<int>(g.chunk_width),
+        .columns = static_cast<int>(g.chunk_columns()),
+        .num_chunks = static_cast<int>(g.num_chunks()),
+        .overlap_y = static_cast<int>(g.chunk_overlap_y),
+        .overlap_x = static_cast<int>(g.chunk_overlap_x),
+        .grid_height = static_cast<int>(g.grid_height),
+        .grid_width = static_cast<int>(g.grid_width),
+        .num_prefix_tokens = static_cast<int>(g.num_prefix_tokens),
+        .chunks_per_tile = chunks_per_tile,
+        .tiles_per_batch = static_cast<int>(tiles_per_batch),
+        .num_tiles = static_cast<int>(tiles_per_batch * p.shape.batch),
+        .warps = warps,
+    };
+    if (plan.num_tiles == 0) return;
+    const auto blocks = static_cast<unsigned>(std::min(plan.num_tiles, multiprocessors()));
+    kernel<<<blocks, Traits::kThreads, kWeightBytes + warps * kBytesPerWarp, stream>>>(p, plan);
+}
+
+// False where the chunks are not small.
+template <class S>
+bool launch_chunk_summary_fwd_tile(const SummaryParams& p, cudaStream_t stream) {
+    const Geometry& g = p.shape.geometry;
+    const auto members =
+        BoxShape::of(g.chunk_height + 2 * g.chunk_overlap_y, g.chunk_width + 2 * g.chunk_overlap_x);
+    if (p.shape.head_dim > 64 || members.size() > 64) return false;
+    members.size() <= kFewMembers ? launch_chunk_summary_fwd_tile<S, 32>(p, members, stream)
+                                  : launch_chunk_summary_fwd_tile<S, 64>(p, members, stream);
+    return true;
+}
+
+} // namespace eva_attn::cuda::mma
