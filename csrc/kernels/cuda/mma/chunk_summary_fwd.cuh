@@ -168,6 +168,7 @@ __global__ void __launch_bounds__(SummaryFwdTraits<kHeadDim>::kThreads,
     using Mean = typename Traits::Mean;
     constexpr int kLanes = Traits::kLanes, kUnroll = Traits::kUnroll;
 
+    wait_for_dependencies();
     const int parts = 1 << plan.parts_log2, partials = 1 << plan.partials_log2;
     const int rows_per_cta = plan.rows_per_cta, tile_rows = (rows_per_cta + 15) / 16 * 16;
     extern __shared__ __align__(128) char shared_bytes[];
@@ -467,6 +468,7 @@ __global__ void __launch_bounds__(FewMembersTraits::kThreads, FewMembersTraits::
     constexpr int kLanes = Traits::kLanes, kMembers = Traits::kMembers;
     extern __shared__ __align__(1024) char memory[];
     auto& shared = *reinterpret_cast<Traits::Shared*>(memory);
+    wait_for_dependencies();
 
     const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
     const bool has_mu = !p.has_projection || p.has_query_projection;
@@ -645,7 +647,7 @@ void launch_chunk_summary_fwd(const SummaryParams& p, cudaStream_t stream) {
         limits_of(kernel);
         const int64_t blocks =
             detail::min(detail::ceil_div(plan.num_rows, Few::kRows), multiprocessors() * Few::kCtasPerSm);
-        kernel<<<static_cast<unsigned>(blocks), Few::kThreads, sizeof(Few::Shared), stream>>>(p, plan);
+        launch_dependent(kernel, blocks, Few::kThreads, sizeof(Few::Shared), stream, p, plan);
         return;
     }
     const auto members_per_part = [&] {
@@ -671,7 +673,7 @@ void launch_chunk_summary_fwd(const SummaryParams& p, cudaStream_t stream) {
     static LimitsOf limits_of;
     limits_of(kernel);
     const auto blocks = static_cast<unsigned>(detail::ceil_div(plan.num_rows, plan.rows_per_cta));
-    kernel<<<blocks, Traits::kThreads, bytes + plan.kept * kBytesPerMember, stream>>>(p, plan);
+    launch_dependent(kernel, blocks, Traits::kThreads, bytes + plan.kept * kBytesPerMember, stream, p, plan);
 }
 
 } // namespace eva_attn::cuda::mma

@@ -2,7 +2,7 @@
 // and prefix keys, summed over the queries of a piece of the sequence.
 #pragma once
 
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/mma/bwd_utils.cuh"
 #include "kernels/cuda/mma/product.cuh"
 #include "kernels/cuda/mma/windows.cuh"
@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     using RowTile = Tile<S, kHeadDim>;
     extern __shared__ __align__(1024) char memory[];
     auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
+    wait_for_dependencies();
 
     const Geometry& g = p.shape.geometry;
     const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
@@ -232,7 +233,7 @@ void launch_window_attention_bwd_global(const AttentionParams& p, cudaStream_t s
     constexpr int kBytes = sizeof(typename Traits::Shared);
     static LimitsOf limits_of[2][2];
     limits_of[has_dropout][has_prefix](kernel);
-    kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, kBytes, stream>>>(p);
+    launch_dependent(kernel, blocks, Traits::kThreads, kBytes, stream, p);
 }
 
 } // namespace eva_attn::cuda::mma

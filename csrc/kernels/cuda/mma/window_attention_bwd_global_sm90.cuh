@@ -6,7 +6,7 @@
 #include <climits>
 #include <type_traits>
 
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/mma/bwd_utils.cuh"
 #include "kernels/cuda/mma/persistent.cuh"
 #include "kernels/cuda/mma/warpgroup_product.cuh"
@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize,
         constexpr int kHeadDim = Traits::kHeadDim, kStages = Traits::kStages;
         extern __shared__ __align__(1024) char global_grad_memory[];
         auto& shared = *reinterpret_cast<typename Traits::Shared*>(global_grad_memory);
+        wait_for_dependencies();
 
         const Geometry& g = p.shape.geometry;
         const int heads = static_cast<int>(p.shape.heads);
@@ -224,7 +225,7 @@ bool launch_window_attention_bwd_global_sm90(const AttentionParams& p, cudaStrea
         !make_landmark_map<S>(maps.landmark_key, p, p.landmark_key, kTileRows) ||
         !make_landmark_map<S>(maps.landmark_value, p, p.landmark_value, kTileRows))
         return false;
-    kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, kBytes, stream>>>(p, maps);
+    launch_dependent(kernel, blocks, Traits::kThreads, kBytes, stream, p, maps);
     return true;
 }
 

@@ -8,7 +8,7 @@
 #include <numeric>
 #include <type_traits>
 
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/mma/bwd_utils.cuh"
 #include "kernels/cuda/mma/product.cuh"
 #include "kernels/cuda/mma/warpgroup_product.cuh"
@@ -561,6 +561,7 @@ __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize,
         const WindowGradSm90<Traits, kMayBeCausal> gradients{
             p, plan, maps, *reinterpret_cast<typename Traits::Shared*>(window_grad_memory)};
         const int role = threadIdx.x / kWarpSize - Traits::kConsumers / kWarpSize;
+        wait_for_dependencies();
         if (threadIdx.x == 0) gradients.init_barriers();
         __syncthreads();
         if (role < 0) {
@@ -636,7 +637,7 @@ bool launch_window_attention_bwd_sm90(const AttentionParams& p, cudaStream_t str
         return false;
 
     const int64_t ctas = std::min<int64_t>(num_windows, multiprocessors());
-    kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, kBytes, stream>>>(p, plan, maps);
+    launch_dependent(kernel, ctas, Traits::kThreads, kBytes, stream, p, plan, maps);
     return true;
 }
 

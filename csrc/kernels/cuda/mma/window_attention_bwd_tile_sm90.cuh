@@ -7,7 +7,7 @@
 #include <numeric>
 #include <type_traits>
 
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/mma/bwd_utils.cuh"
 #include "kernels/cuda/mma/product.cuh"
 #include "kernels/cuda/mma/window_tile.cuh"
@@ -516,9 +516,8 @@ struct TileGradSm90 {
     }
     // The pieces of a head are counted over all of its sequences.
     __device__ float* bias_piece(int64_t head, int64_t piece) const {
-        const int64_t bh = piece / p.bias_pieces * p.shape.heads + head;
         return static_cast<float*>(p.grad_relative_bias) +
-               (bh * p.bias_pieces + piece % p.bias_pieces) * bias_entries();
+               (head * plan.batch * p.bias_pieces + piece) * bias_entries();
     }
     // What the CTA has summed of a head, which begins anew.
     __device__ void store_bias(int head, int warpgroup, ScoreTile& grad_bias) const {
@@ -558,6 +557,7 @@ __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize,
         gradients.clear_padding();
         if (threadIdx.x == 0) gradients.init_barriers();
         __syncthreads();
+        wait_for_dependencies();
         if (role < 0) {
             warpgroup_take_registers<Traits::kConsumerRegisters>();
             gradients.compute();
@@ -639,7 +639,7 @@ bool launch_window_attention_bwd_tile_sm90(const AttentionParams& p, cudaStream_
         !make_token_map(maps.grad_value, p.grad_value))
         return false;
 
-    kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, kBytes, stream>>>(p, plan, maps);
+    launch_dependent(kernel, ctas, Traits::kThreads, kBytes, stream, p, plan, maps);
     return true;
 }
 

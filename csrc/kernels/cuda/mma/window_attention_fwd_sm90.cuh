@@ -484,6 +484,7 @@ __global__ void __launch_bounds__(kHasWarpgroups ? AttentionSm90Traits<S, kHeadD
         extern __shared__ __align__(1024) char attention_tiles[];
         const AttentionSm90<S, kHeadDim, kIsOneTile, kHasBias> attention(p, plan, maps, attention_tiles);
         const int role = threadIdx.x / kWarpSize - Traits::kConsumers / kWarpSize;
+        wait_for_dependencies();
         if (threadIdx.x == 0) attention.init_barriers();
         if (threadIdx.x == Traits::kConsumers) attention.prefetch_maps();
         __syncthreads();
@@ -554,7 +555,7 @@ bool launch_window_attention_fwd_sm90(const AttentionParams& p, Windows w, cudaS
         return false;
 
     const auto bytes = static_cast<int>(Attention::shared_bytes(plan));
-    kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, bytes, stream>>>(p, plan, maps);
+    launch_dependent(kernel, ctas, Traits::kThreads, bytes, stream, p, plan, maps);
     return true;
 }
 
