@@ -101,7 +101,7 @@ struct AttentionSm90 {
         constexpr int kAllWarps = Traits::kThreads / kWarpSize;
 #pragma unroll 1
         for (int i = warp; i < Traits::kQuerySlots; i += kAllWarps) {
-            barrier_init(&barriers.query_full[i], kIsOneTile ? 2 : 1);
+            barrier_init(&barriers.query_full[i], 1);
             barrier_init(&barriers.query_empty[i], 1);
             barrier_init(&barriers.output_full[i], kWarps);
         }
@@ -126,9 +126,10 @@ struct AttentionSm90 {
         for (int panel = 0; panel < Traits::kPanels; ++panel)
             load_box(to + panel * Traits::kPanelElements, map, full, 64 * panel, x, y, at.head, at.batch);
     }
-    __device__ void load_block(uint64_t* full, int slot, uint32_t phase, int rows, const CUtensorMap& key_map,
+    __device__ void load_block(int slot, uint32_t phase, int rows, const CUtensorMap& key_map,
                                const CUtensorMap& value_map, int x, int y, const WindowCursor& at) const {
         barrier_wait(&barriers.block_empty[slot], phase ^ 1);
+        uint64_t* full = &barriers.block_full[slot];
         barrier_arrive_expect(full, 2 * rows * kHeadDim * static_cast<int>(sizeof(S)));
         load_tile(blocks + slot * 2 * kTile, key_map, full, x, y, at);
         load_tile(blocks + slot * 2 * kTile + kTile, value_map, full, x, y, at);
@@ -137,7 +138,7 @@ struct AttentionSm90 {
     // By one thread each.
     __device__ void load_queries() const {
         const Windows& w = plan.windows;
-        RingCursor query;
+        RingCursor query, key;
         int sequence = 0;
         bool is_first = true;
 #pragma unroll 1
@@ -149,25 +150,32 @@ struct AttentionSm90 {
                 barrier_wait(&barriers.query_empty[query.slot], query.phase ^ 1);
                 barriers.place[query.slot] = {at.head, at.batch, at.row, at.column, tile, sequence};
                 uint64_t* full = &barriers.query_full[query.slot];
-                barrier_arrive_expect(full, plan.tile_tokens * kHeadDim * static_cast<int>(sizeof(S)));
-                load_tile(queries + query.slot * kTile, maps.query, full,
-                          at.column * w.queries.width + kBlockM * tile, at.row * w.queries.height, at);
+                const int x = at.column * w.queries.width + kBlockM * tile, y = at.row * w.queries.height;
+                const int bytes = plan.tile_tokens * kHeadDim * static_cast<int>(sizeof(S));
+                if constexpr (kIsOneTile) { // side by side in memory
+                    barrier_wait(&barriers.block_empty[key.slot], key.phase ^ 1);
+                    barrier_arrive_expect(full, 3 * bytes);
+                    S* block = blocks + key.slot * 2 * kTile;
+                    load_tile(block, maps.key, full, x, y, at);
+                    load_tile(block + kTile, maps.value, full, x, y, at);
+                    key.advance(plan.key_slots);
+                } else {
+                    barrier_arrive_expect(full, bytes);
+                }
+                load_tile(queries + query.slot * kTile, maps.query, full, x, y, at);
                 query.advance(Traits::kQuerySlots);
             }
         }
     }
     __device__ void load_keys() const {
         const Windows& w = plan.windows;
-        RingCursor query, key;
+        RingCursor key;
 #pragma unroll 1
         for (WindowCursor at = begin; at.left > 0; at.advance(plan))
 #pragma unroll 1
             for (int block = 0; block < plan.tiles; ++block) {
-                uint64_t* full =
-                    kIsOneTile ? &barriers.query_full[query.slot] : &barriers.block_full[key.slot];
-                load_block(full, key.slot, key.phase, plan.tile_tokens, maps.key, maps.value,
+                load_block(key.slot, key.phase, plan.tile_tokens, maps.key, maps.value,
                            at.column * w.queries.width + kBlockN * block, at.row * w.queries.height, at);
-                query.advance(Traits::kQuerySlots);
                 key.advance(plan.key_slots);
             }
     }
@@ -177,8 +185,7 @@ struct AttentionSm90 {
 #pragma unroll 1
         for (WindowCursor at = begin; at.left > 0; at.advance(plan)) {
             if (is_first || at.begins_sequence()) {
-                const int slot = plan.key_slots + landmark.slot;
-                load_block(&barriers.block_full[slot], slot, landmark.phase, kBlockN, maps.landmark_key,
+                load_block(plan.key_slots + landmark.slot, landmark.phase, kBlockN, maps.landmark_key,
                            maps.landmark_value, 0, 0, at);
                 landmark.advance(plan.landmark_slots);
             }
@@ -512,7 +519,7 @@ __launch_bounds__(kHasWarpgroups ? AttentionSm90Traits<S, kHeadDim, kOnlyColumns
             warpgroup_give_registers<Traits::kServiceRegisters>();
             if (threadIdx.x % kWarpSize != 0) return;
             if (role == 0) attention.load_queries();
-            if (role == 1) attention.load_keys();
+            if (role == 1 && !Traits::kIsOneTile) attention.load_keys();
             if (role == 2 && plan.has_landmarks) attention.load_landmarks();
             if (role == 3) attention.store();
         }
