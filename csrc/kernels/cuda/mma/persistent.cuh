@@ -60,8 +60,13 @@ struct WindowCursor {
 
     template <class Plan>
     __device__ static WindowCursor first(const Plan& plan) {
-        const auto begin = static_cast<int>(blockIdx.x * plan.num_windows / gridDim.x);
-        const auto end = static_cast<int>((blockIdx.x + 1) * plan.num_windows / gridDim.x);
+        // ctas * num_windows / gridDim.x, in 32 bits.
+        const uint32_t num_windows = static_cast<uint32_t>(plan.num_windows);
+        const uint32_t most = num_windows / gridDim.x, rest = num_windows % gridDim.x;
+        const auto before = [&](uint32_t ctas) {
+            return static_cast<int>(ctas * most + ctas * rest / gridDim.x);
+        };
+        const int begin = before(blockIdx.x), end = before(blockIdx.x + 1);
         const int sequence = begin / plan.windows.num_windows, window = begin % plan.windows.num_windows;
         return WindowCursor{
             .head = sequence / plan.batch,
