@@ -62,13 +62,17 @@ struct WindowCursor {
     __device__ static WindowCursor first(const Plan& plan) {
         const auto begin = static_cast<int>(blockIdx.x * plan.num_windows / gridDim.x);
         const auto end = static_cast<int>((blockIdx.x + 1) * plan.num_windows / gridDim.x);
+        return at(plan, begin, end - begin);
+    }
+    template <class Plan>
+    __device__ static WindowCursor at(const Plan& plan, int begin, int left) {
         const int sequence = begin / plan.windows.num_windows, window = begin % plan.windows.num_windows;
         return WindowCursor{
             .head = sequence / plan.batch,
             .batch = sequence % plan.batch,
             .row = window / plan.windows.columns,
             .column = window % plan.windows.columns,
-            .left = end - begin,
+            .left = left,
         };
     }
     __device__ bool begins_sequence() const { return row == 0 && column == 0; }
