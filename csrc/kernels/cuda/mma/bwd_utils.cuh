@@ -227,11 +227,14 @@ __device__ inline void store_bias_gradient(const float (&sum)[64][65], const Geo
     for (int i = threadIdx.x; i < entries; i += kThreads) {
         const int y = i / bias_width - static_cast<int>(g.bias_height) / 2,
                   x = i % bias_width - bias_width / 2;
+        const int first_x = max(0, -x), end_x = min(width, width - x);
         float total = 0;
         for (int query_y = max(0, -y); query_y < min(height, height - y); ++query_y)
-            for (int query_x = max(0, -x); query_x < min(width, width - x); ++query_x) {
+            for (int query_x = first_x; query_x < end_x; query_x += 8) {
                 const int query = query_y * width + query_x;
-                total += sum[query + y * width + x][query];
+#pragma unroll
+                for (int j = 0; j < 8; ++j)
+                    total += query_x + j < end_x ? sum[query + j + y * width + x][query + j] : 0;
             }
         out[i] = factor * total;
     }

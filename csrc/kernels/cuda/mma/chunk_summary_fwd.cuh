@@ -324,10 +324,11 @@ __global__ void __launch_bounds__(SummaryFwdTraits<kHeadDim>::kThreads,
     }
     // Whole warps, as `normalise` adds up over lanes.
     if (threadIdx.x / kWarpSize * Traits::kGroupsPerWarp < rows) {
-        Float8 landmark[2];
+        Float8 landmark[2] = {};
 #pragma unroll
         for (int which = 0; which < 2; ++which)
-            landmark[which] = *reinterpret_cast<const Float8*>(partial[own_partial][which] + column);
+            if (has_row)
+                landmark[which] = *reinterpret_cast<const Float8*>(partial[own_partial][which] + column);
         if (p.has_projection)
             with_type(p.key_projection.dtype, [&](auto w) {
                 const auto eps = static_cast<float>(p.norm_eps);

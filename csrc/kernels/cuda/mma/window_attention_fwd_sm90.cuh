@@ -50,8 +50,8 @@ struct AttentionSm90Traits {
 struct AttentionSm90Plan {
     Windows windows;
     int batch, rows;
-    int64_t num_windows; // of all sequences
-    int tiles;           // of a window's queries, and of its keys
+    WindowShares shares;
+    int tiles; // of a window's queries, and of its keys
     int tile_tokens;
     bool has_landmarks;
     int key_slots, landmark_slots;
@@ -539,12 +539,11 @@ bool launch_window_attention_fwd_sm90(const AttentionParams& p, Windows w, cudaS
     const int64_t num_windows = p.shape.batch * p.shape.heads * w.num_windows;
     if (num_windows == 0) return true;
     if (num_windows > INT_MAX) return false;
-    const int64_t ctas = std::min<int64_t>(num_windows, multiprocessors());
     AttentionSm90Plan plan{
         .windows = w,
         .batch = static_cast<int>(p.shape.batch),
         .rows = static_cast<int>(g.window_rows()),
-        .num_windows = num_windows,
+        .shares = WindowShares::of(p.shape, w.num_windows),
         .tiles = kIsOneTile ? 1 : w.queries.width / kBlockM,
         .tile_tokens = std::min(w.queries.size(), kBlockM),
         .has_landmarks = p.num_landmarks > 0,
@@ -583,7 +582,7 @@ bool launch_window_attention_fwd_sm90(const AttentionParams& p, Windows w, cudaS
         return false;
 
     const auto bytes = static_cast<int>(Attention::shared_bytes(plan));
-    launch_dependent(kernel, ctas, Traits::kThreads, bytes, stream, p, plan, maps);
+    launch_dependent(kernel, plan.shares.ctas(), Traits::kThreads, bytes, stream, p, plan, maps);
     return true;
 }
 
