@@ -89,7 +89,7 @@ void Attention::backward_tokens(const ChunkTerms& chunk_terms, const Tensor& gra
     if (relative_bias_.defined()) {
         params_.bias_pieces = backward_.bias_pieces(dtype_, params_);
         bias_terms = at::empty(
-            {shape.batch, shape.heads, params_.bias_pieces, geometry.bias_height, geometry.bias_width},
+            {shape.heads, shape.batch, params_.bias_pieces, geometry.bias_height, geometry.bias_width},
             logsumexp_.options());
         params_.grad_relative_bias = data(bias_terms);
     }
@@ -108,9 +108,8 @@ void Attention::backward_tokens(const ChunkTerms& chunk_terms, const Tensor& gra
     sum_bias_gradient(kernel_dtype(logsumexp_.scalar_type()),
                       BiasGradient{
                           .terms = data(bias_terms),
-                          .sequences = shape.batch * shape.heads / heads,
                           .heads = heads,
-                          .pieces = params_.bias_pieces,
+                          .pieces = shape.heads / heads * shape.batch * params_.bias_pieces,
                           .entries = geometry.bias_height * geometry.bias_width,
                           .data = data(grad_relative_bias),
                           .dtype = kernel_dtype(grad_relative_bias.scalar_type()),

@@ -105,11 +105,10 @@ struct ProjectionGradients {
     Parameter weight[2], bias[2], norm_weight[2], norm_bias[2]; // of the key's and the query's projection
 };
 
-// What window_attention_bwd left of the relative bias's gradient, and where the sum over sequences and pieces
-// goes.
+// What window_attention_bwd left of the relative bias's gradient, and where the sum over pieces goes.
 struct BiasGradient {
-    const void* terms; // T [sequences, heads, pieces, entries]
-    int64_t sequences, heads, pieces, entries;
+    const void* terms; // T [heads, pieces, entries]
+    int64_t heads, pieces, entries;
     void* data; // [heads, entries]
     DType dtype;
 };
@@ -166,7 +165,7 @@ struct AttentionParams {
     void* grad_global_value = nullptr;     // T [B H, pieces, C + P, D]
     void* grad_landmark_entropy = nullptr; // T [B H, pieces, C] or null
     int64_t bias_pieces = 0;               // summands of the bias gradient for each (batch, head)
-    void* grad_relative_bias = nullptr;    // T [B H, bias_pieces, bias_height * bias_width] or null
+    void* grad_relative_bias = nullptr;    // T [H, B, bias_pieces, bias_height * bias_width] or null
     ChunkTerms chunk_terms{};
     int64_t prefix_pieces = 0;         // summands of the gradients of the prefix's queries
     void* grad_prefix_query = nullptr; // T [B H, prefix_pieces, P, D], of keys outside of the prefix

@@ -28,14 +28,16 @@ __device__ inline void barrier_arrive_expect(uint64_t* barrier, int bytes) {
                  "r"(bytes)
                  : "memory");
 }
+// Asleep: threads that poll would be in the way of those that compute.
 __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+    constexpr int kMostSleep = 1000000; // ns
     asm volatile("{\n"
                  ".reg .pred done;\n"
                  "again:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, %2;\n"
                  "@!done bra again;\n"
                  "}\n" ::"r"(shared_address(barrier)),
-                 "r"(parity)
+                 "r"(parity), "n"(kMostSleep)
                  : "memory");
 }
 

@@ -28,9 +28,10 @@ __device__ inline void warpgroup_give_registers() {
 }
 
 // Keeps the compiler from using accumulators before the wait.
-__device__ inline void fence_registers(float (&c)[8][4]) {
+template <int kTiles>
+__device__ inline void fence_registers(float (&c)[kTiles][4]) {
 #pragma unroll
-    for (int n = 0; n < 8; ++n)
+    for (int n = 0; n < kTiles; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c[n][i])::"memory");
 }
@@ -61,6 +62,15 @@ __device__ inline uint64_t tile_descriptor(const void* tile) {
                  ", {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}\n" \
                  : EVA_WGMMA_ROWS \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransposeB))
+#define EVA_WGMMA_SHARED_56(type) \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %30, 0;\n" \
+                 "wgmma.mma_async.sync.aligned.m64n56k16.f32." type "." type \
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27}" \
+                 ", %28, %29, p, 1, 1, %31, %32;\n}\n" \
+                 : EVA_WGMMA_ROW(0), EVA_WGMMA_ROW(1), EVA_WGMMA_ROW(2), EVA_WGMMA_ROW(3), \
+                   EVA_WGMMA_ROW(4), EVA_WGMMA_ROW(5), EVA_WGMMA_ROW(6) \
+                 : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA), "n"(kTransposeB))
 // clang-format on
 
 // C [64, 64] (+)= A [64, 16] B [16, 64]: warp w holds rows 16 w onward of C (and of A), as multiply_add does.
@@ -71,6 +81,15 @@ __device__ inline void warpgroup_multiply(float (&c)[8][4], uint64_t a, uint64_t
         EVA_WGMMA_SHARED("f16");
     } else {
         EVA_WGMMA_SHARED("bf16");
+    }
+}
+// C [64, 56].
+template <class S, int kTransposeA, int kTransposeB>
+__device__ inline void warpgroup_multiply(float (&c)[7][4], uint64_t a, uint64_t b, int accumulate) {
+    if constexpr (std::is_same_v<S, __half>) {
+        EVA_WGMMA_SHARED_56("f16");
+    } else {
+        EVA_WGMMA_SHARED_56("bf16");
     }
 }
 template <class S, int kTransposeB>

@@ -161,17 +161,34 @@ __device__ inline void add_key_terms(float (&grad_key)[kTiles][4], float (&grad_
         }
 }
 
-// Of eight elements each.
-template <class S>
-__device__ inline float dot(const S* a, const S* b) {
-    const uint4 x = *reinterpret_cast<const uint4*>(a), y = *reinterpret_cast<const uint4*>(b);
-    float sum = 0;
-    const auto add = [&](uint32_t u, uint32_t v) {
-        const float2 f = unpack<S>(u), h = unpack<S>(v);
-        sum += f.x * h.x + f.y * h.y;
-    };
-    add(x.x, y.x), add(x.y, y.y), add(x.z, y.z), add(x.w, y.w);
-    return sum;
+// product += a b^T of the rows [row, row + kRows) of both: row i's own product is on the diagonal.
+template <int kRows, class S, int kHeadDim>
+__device__ inline void multiply_rows(float (&product)[kRows / 8][4], Tile<S, kHeadDim> a, Tile<S, kHeadDim> b,
+                                     int row) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int unit = 0; unit < kHeadDim / 8; unit += 4) {
+        uint32_t from_a[2][4];
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+            load_matrix(from_a[k], a.unit(row + lane % kRows, unit + 2 * k + lane / 16));
+#pragma unroll
+        for (int r = 0; r < kRows / 8; ++r) {
+            uint32_t from_b[4];
+            b.load_b_transposed(from_b, row + 8 * r, unit);
+            multiply_add<S>(product[r], from_a[0], from_b[0], from_b[1]);
+            multiply_add<S>(product[r], from_a[1], from_b[2], from_b[3]);
+        }
+    }
+}
+// use(i, x): x is the number on the diagonal of row i, for the rows that the lane holds.
+template <int kTiles, class Use>
+__device__ inline void for_diagonal(const float (&product)[kTiles][4], const Use& use) {
+    const int lane = threadIdx.x % kWarpSize, group = lane / 4;
+    if (group / 2 != lane % 4) return;
+#pragma unroll
+    for (int r = 0; r < kTiles; ++r)
+        use(8 * r + group, group % 2 ? product[r][2 * r + 1] : product[r][2 * r]);
 }
 
 // What the queries of a piece give to the keys and values of the thread's two of `columns` global ones, as
@@ -210,11 +227,14 @@ __device__ inline void store_bias_gradient(const float (&sum)[64][65], const Geo
     for (int i = threadIdx.x; i < entries; i += kThreads) {
         const int y = i / bias_width - static_cast<int>(g.bias_height) / 2,
                   x = i % bias_width - bias_width / 2;
+        const int first_x = max(0, -x), end_x = min(width, width - x);
         float total = 0;
         for (int query_y = max(0, -y); query_y < min(height, height - y); ++query_y)
-            for (int query_x = max(0, -x); query_x < min(width, width - x); ++query_x) {
+            for (int query_x = first_x; query_x < end_x; query_x += 8) {
                 const int query = query_y * width + query_x;
-                total += sum[query + y * width + x][query];
+#pragma unroll
+                for (int j = 0; j < 8; ++j)
+                    total += query_x + j < end_x ? sum[query + j + y * width + x][query + j] : 0;
             }
         out[i] = factor * total;
     }

@@ -3,7 +3,7 @@
 // then through the projections.
 #pragma once
 
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/mma/bwd_utils.cuh"
 #include "kernels/cuda/mma/projection.cuh"
 
@@ -126,6 +126,7 @@ __global__ void __launch_bounds__(Traits::kOmegaThreads, Traits::kOmegaCtasPerSm
     constexpr int kHeadDim = Traits::kHeadDim, kLanes = Traits::kLanes, kSides = Traits::kSides,
                   kThreads = Traits::kOmegaThreads, kChunks = Traits::kOmegaChunks;
     constexpr int kGroups = kThreads / kLanes, kRows = kChunks / kGroups; // a thread's
+    wait_for_dependencies();
     if (static_cast<int>(blockIdx.x) >= plan.omega_blocks)
         return sum_pieces<kThreads>(p, plan, blockIdx.x - plan.omega_blocks, gridDim.x - plan.omega_blocks);
     extern __shared__ __align__(1024) char memory[];
@@ -291,6 +292,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     using S = typename Traits::S;
     constexpr int kUnits = Traits::kUnits, kUnroll = Traits::kUnroll;
     __shared__ typename Traits::Part part[Traits::kThreads / kWarpSize];
+    wait_for_dependencies();
 
     const Geometry& g = p.shape.geometry;
     const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
@@ -455,6 +457,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     constexpr int kHeadDim = Traits::kHeadDim, kLanes = Traits::kLanes, kRowTiles = Traits::kRowTiles;
     extern __shared__ __align__(1024) char memory[];
     auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
+    wait_for_dependencies();
     using Rows = SplitRows<kHeadDim>;
     const Rows means{{shared.mean}}, grads{{shared.grad}};
 
@@ -656,13 +659,12 @@ void launch_chunk_summary_bwd(const SummaryParams& p, cudaStream_t stream) {
         static LimitsOf omega_limits, projection_limits;
         omega_limits(chunk_omega_kernel<Projections>);
         projection_limits(chunk_projections_bwd_kernel<Projections>);
-        chunk_omega_kernel<Projections><<<static_cast<unsigned>(plan.omega_blocks + sum_blocks),
-                                          Projections::kOmegaThreads, kOmegaBytes, stream>>>(p, plan);
-        chunk_tokens_bwd_kernel<Tokens>
-            <<<static_cast<unsigned>(detail::ceil_div(plan.total, chunks_per_block)), Tokens::kThreads, 0,
-               stream>>>(p, plan);
-        chunk_projections_bwd_kernel<Projections>
-            <<<projection_blocks * count_projected(p), Projections::kThreads, kBytes, stream>>>(p, plan);
+        launch_dependent(chunk_omega_kernel<Projections>, plan.omega_blocks + sum_blocks,
+                         Projections::kOmegaThreads, kOmegaBytes, stream, p, plan);
+        launch_dependent(chunk_tokens_bwd_kernel<Tokens>, detail::ceil_div(plan.total, chunks_per_block),
+                         Tokens::kThreads, 0, stream, p, plan);
+        launch_dependent(chunk_projections_bwd_kernel<Projections>, projection_blocks * count_projected(p),
+                         Projections::kThreads, kBytes, stream, p, plan);
     }
 }
 

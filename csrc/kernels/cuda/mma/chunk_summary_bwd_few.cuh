@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(FewMembersGradTraits::kThreads, FewMembersGrad
     using Rows = SplitRows<kHeadDim>;
     extern __shared__ __align__(1024) char memory[];
     auto& shared = *reinterpret_cast<Traits::Shared*>(memory);
+    wait_for_dependencies();
 
     const Geometry& g = p.shape.geometry;
     const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
@@ -282,8 +283,8 @@ bool launch_chunk_summary_bwd_few(const SummaryParams& p, cudaStream_t stream) {
                                                : chunk_summary_bwd_few_kernel<S, false>;
     static LimitsOf limits_of[2];
     limits_of[p.has_query_projection](kernel);
-    kernel<<<static_cast<unsigned>(count_blocks_in_turn<Traits>(p)), Traits::kThreads, sizeof(Traits::Shared),
-             stream>>>(p, plan);
+    launch_dependent(kernel, count_blocks_in_turn<Traits>(p), Traits::kThreads, sizeof(Traits::Shared),
+                     stream, p, plan);
     return true;
 }
 

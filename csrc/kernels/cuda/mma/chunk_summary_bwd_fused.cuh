@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(FusedGradTraits::kThreads, FusedGradTraits::kC
     using Rows = SplitRows<kHeadDim>;
     extern __shared__ __align__(1024) char memory[];
     auto& shared = *reinterpret_cast<Traits::Shared*>(memory);
+    wait_for_dependencies();
 
     const Geometry& g = p.shape.geometry;
     const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
@@ -293,8 +294,8 @@ bool launch_chunk_summary_bwd_fused(const SummaryParams& p, cudaStream_t stream)
     const auto kernel = chunk_summary_bwd_fused_kernel<S>;
     static LimitsOf limits;
     limits(kernel);
-    kernel<<<static_cast<unsigned>(count_blocks_in_turn<Traits>(p)), Traits::kThreads, sizeof(Traits::Shared),
-             stream>>>(p, plan);
+    launch_dependent(kernel, count_blocks_in_turn<Traits>(p), Traits::kThreads, sizeof(Traits::Shared),
+                     stream, p, plan);
     return true;
 }
 

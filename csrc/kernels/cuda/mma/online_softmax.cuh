@@ -92,8 +92,10 @@ struct OnlineSoftmax {
     template <class S, int kTiles>
     __device__ static void pack_weights(uint32_t (&a)[4], const float (&weight)[kTiles][4], int step) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            a[i] = pack<S>(weight[2 * step + i / 2][i % 2 * 2], weight[2 * step + i / 2][i % 2 * 2 + 1]);
+        for (int i = 0; i < 4; ++i) {
+            const int n = 2 * step + i / 2;
+            a[i] = n < kTiles ? pack<S>(weight[n][i % 2 * 2], weight[n][i % 2 * 2 + 1]) : 0;
+        }
     }
 
     // The output of row `group + 8 r` as it is in the end, times dropout's `kept_scale`, and its natural

@@ -53,22 +53,63 @@ struct RingCursor {
     }
 };
 
-// Windows are numbered by head, then batch, then position: a CTA's share of them changes its head rarely.
+// How persistent CTAs share the windows of all sequences, which are numbered by head, then batch, then
+// position. CTAs side by side take the same windows of all heads, as heads lie side by side in memory, or
+// where that shares unevenly, windows one after the other.
+struct WindowShares {
+    int of_head;     // windows of a head
+    int heads;       // that are taken side by side, or 1
+    int parts;       // of such a head's windows, or of all: each a CTA's
+    int share, rest; // windows of a part, and what is left over
+
+    static WindowShares of(const Shape& shape, int64_t windows_of_sequence) {
+        const int64_t of_head = shape.batch * windows_of_sequence, all = shape.heads * of_head;
+        const int64_t ctas = detail::min(all, multiprocessors()),
+                      parts = detail::min(ctas / shape.heads, of_head);
+        const bool is_even = // within a twentieth
+            parts > 0 && 20 * detail::ceil_div(of_head, parts) <= 21 * detail::ceil_div(all, ctas);
+        const auto shares = [&](int64_t heads, int64_t windows, int64_t parts) {
+            return WindowShares{static_cast<int>(of_head), static_cast<int>(heads), static_cast<int>(parts),
+                                static_cast<int>(windows / parts), static_cast<int>(windows % parts)};
+        };
+        return is_even ? shares(shape.heads, of_head, parts) : shares(1, all, ctas);
+    }
+    int ctas() const { return heads * parts; }
+    // CTAs that have windows of one head, at most.
+    int most_of_head() const { return heads > 1 ? parts : detail::min(of_head, of_head / share + 2); }
+
+    __device__ int begin(int cta) const { return cta % heads * of_head + first_of(cta / heads); }
+    __device__ int end(int cta) const { return cta % heads * of_head + first_of(cta / heads + 1); }
+    // Parts that have windows of a head: from the first one to the last.
+    __device__ int first_part(int head) const { return heads > 1 ? 0 : part_of(head * of_head); }
+    __device__ int last_part(int head) const {
+        return heads > 1 ? parts - 1 : part_of((head + 1) * of_head - 1);
+    }
+
+  private:
+    __device__ int first_of(int part) const { return part * share + part * rest / parts; }
+    __device__ int part_of(int window) const {
+        int part = window / (share + 1); // or behind it
+        while (first_of(part + 1) <= window) ++part;
+        return part;
+    }
+};
+
+// Goes through a CTA's windows.
 struct WindowCursor {
     int head, batch, row, column;
-    int left; // in this CTA's share
+    int left;
 
     template <class Plan>
     __device__ static WindowCursor first(const Plan& plan) {
-        const auto begin = static_cast<int>(blockIdx.x * plan.num_windows / gridDim.x);
-        const auto end = static_cast<int>((blockIdx.x + 1) * plan.num_windows / gridDim.x);
+        const int begin = plan.shares.begin(blockIdx.x);
         const int sequence = begin / plan.windows.num_windows, window = begin % plan.windows.num_windows;
         return WindowCursor{
             .head = sequence / plan.batch,
             .batch = sequence % plan.batch,
             .row = window / plan.windows.columns,
             .column = window % plan.windows.columns,
-            .left = end - begin,
+            .left = plan.shares.end(blockIdx.x) - begin,
         };
     }
     __device__ bool begins_sequence() const { return row == 0 && column == 0; }

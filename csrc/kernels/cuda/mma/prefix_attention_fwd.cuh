@@ -25,6 +25,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     prefix_attention_fwd_kernel(const __grid_constant__ AttentionParams p) {
     constexpr int kLanes = Traits::kLanes, kGroups = Traits::kGroups, kUnroll = Traits::kUnroll;
     __shared__ typename Traits::Part parts[Traits::kWarps];
+    wait_for_dependencies();
 
     const Geometry& g = p.shape.geometry;
     const int tokens = static_cast<int>(g.num_tokens()), prefix = static_cast<int>(g.num_prefix_tokens);
@@ -139,9 +140,9 @@ void launch_prefix_attention_fwd(const AttentionParams& p, cudaStream_t stream) 
     using Few = PrefixFwdTraits<kHeadDim, 4>;
     using Many = PrefixFwdTraits<kHeadDim, 16>;
     if (g.num_tokens() <= kFewTokens) {
-        prefix_attention_fwd_kernel<S, Few><<<static_cast<unsigned>(blocks), Few::kThreads, 0, stream>>>(p);
+        launch_dependent(prefix_attention_fwd_kernel<S, Few>, blocks, Few::kThreads, 0, stream, p);
     } else {
-        prefix_attention_fwd_kernel<S, Many><<<static_cast<unsigned>(blocks), Many::kThreads, 0, stream>>>(p);
+        launch_dependent(prefix_attention_fwd_kernel<S, Many>, blocks, Many::kThreads, 0, stream, p);
     }
 }
 

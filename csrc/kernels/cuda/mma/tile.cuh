@@ -6,7 +6,7 @@
 #include <cuda_runtime.h>
 #include <type_traits>
 
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/params.h"
 #include "kernels/cuda/ptx.cuh"
 

@@ -15,9 +15,12 @@ struct WarpgroupTile {
     static constexpr int kPanels = kHeadDim / 64;
     alignas(1024) S panel[kPanels][kRows * 64];
 
+    __device__ Tile<S, 64> tile(int panel_index) const {
+        return Tile<S, 64>{const_cast<S*>(panel[panel_index])};
+    }
     // Eight columns of a panel.
     __device__ const S* unit(int panel_index, int row, int unit) const {
-        return Tile<S, 64>{const_cast<S*>(panel[panel_index])}.unit(row, unit);
+        return tile(panel_index).unit(row, unit);
     }
 };
 

@@ -3,7 +3,7 @@
 // chunks.
 #pragma once
 
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/mma/bwd_utils.cuh"
 #include "kernels/cuda/mma/product.cuh"
 #include "kernels/cuda/mma/window_attention_bwd_prefix.cuh"
@@ -119,6 +119,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     using Tokens = typename Traits::Tokens;
     extern __shared__ __align__(1024) char memory[];
     auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
+    wait_for_dependencies();
 
     const Windows& w = plan.windows;
     const Geometry& g = p.shape.geometry;
@@ -500,7 +501,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         for (int e = 0; e < 4; ++e)
             shared.bias_sum[own + group + e / 2 * 8][8 * n + pair + e % 2] = grad_bias[n][e];
     __syncthreads();
-    const int64_t piece = bh * plan.slices + slice;
+    const int64_t piece = (head * p.shape.batch + batch) * plan.slices + slice;
     store_bias_gradient<kThreads>(shared.bias_sum, g, w.queries, 1.0f,
                                   static_cast<float*>(p.grad_relative_bias) +
                                       piece * g.bias_height * g.bias_width);
@@ -545,7 +546,7 @@ void launch_window_attention_bwd(const AttentionParams& p, cudaStream_t stream) 
     const auto kernel = window_attention_bwd_kernel<Traits>;
     static LimitsOf limits_of;
     limits_of(kernel);
-    kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, kBytes, stream>>>(p, plan);
+    launch_dependent(kernel, blocks, Traits::kThreads, kBytes, stream, p, plan);
 }
 
 } // namespace eva_attn::cuda::mma

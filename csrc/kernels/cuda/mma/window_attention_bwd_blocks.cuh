@@ -2,7 +2,7 @@
 // of keys and values, one for those of queries. The block's 64 rows meet blocks of columns, one loaded ahead.
 #pragma once
 
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/mma/bwd_utils.cuh"
 #include "kernels/cuda/mma/product.cuh"
 #include "kernels/cuda/mma/window_attention_bwd_prefix.cuh"
@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     using RowTile = Tile<S, kHeadDim>;
     extern __shared__ __align__(1024) char memory[];
     auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
+    wait_for_dependencies();
 
     const Windows& w = plan.windows;
     const Geometry& g = p.shape.geometry;
@@ -226,6 +227,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     using RowTile = Tile<S, kHeadDim>;
     extern __shared__ __align__(1024) char memory[];
     auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
+    wait_for_dependencies();
 
     const Windows& w = plan.windows;
     const Geometry& g = p.shape.geometry;
@@ -396,7 +398,7 @@ void launch_window_attention_bwd_blocks(const AttentionParams& p, cudaStream_t s
     for (const auto kernel :
          {window_attention_bwd_keys_kernel<Traits>, window_attention_bwd_queries_kernel<Traits>}) {
         (*limits++)(kernel);
-        kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, kBytes, stream>>>(p, plan);
+        launch_dependent(kernel, blocks, Traits::kThreads, kBytes, stream, p, plan);
     }
 }
 

@@ -2,7 +2,7 @@
 // and prefix keys, summed over the queries of a piece of the sequence.
 #pragma once
 
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/mma/bwd_utils.cuh"
 #include "kernels/cuda/mma/product.cuh"
 #include "kernels/cuda/mma/windows.cuh"
@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     using RowTile = Tile<S, kHeadDim>;
     extern __shared__ __align__(1024) char memory[];
     auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
+    wait_for_dependencies();
 
     const Geometry& g = p.shape.geometry;
     const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
@@ -61,19 +62,20 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const int64_t bh = int64_t{batch} * heads + head;
 
     const int tiles = (tokens + kBlockQ - 1) / kBlockQ;
-    int tile = static_cast<int>(int64_t{tiles} * piece / p.pieces);
-    const int last_tile = static_cast<int>(int64_t{tiles} * (piece + 1) / p.pieces);
+    const int step = static_cast<int>(p.pieces); // pieces take turns, so that blocks read side by side
+    int tile = piece;
     const int first_column = column_block * kBlockC;
     const int chunk_width = static_cast<int>(g.chunk_width);
     if (g.is_causal) { // a chunk is visible from its end on
-        const int first_query = (first_column + 1) * chunk_width;
-        if (column_block > 0) tile = max(tile, min(first_query / kBlockQ, last_tile));
+        const int first_tile = (first_column + 1) * chunk_width / kBlockQ;
+        if (column_block > 0) tile += max(0, (first_tile - piece + step - 1) / step) * step;
     }
 
     const S* const query = head_rows<S>(p.query, batch, head);
     const S* const grad_output = head_rows<S>(p.grad_output, batch, head);
     const S* const output = head_rows<S>(p.output, batch, head);
     const float* const logsumexp = static_cast<const float*>(p.logsumexp) + bh * tokens;
+    float* const delta = static_cast<float*>(p.delta) + bh * tokens;
     const bool* const mask = p.key_padding_mask ? p.key_padding_mask + int64_t{batch} * tokens : nullptr;
 
     const auto window_of = [&](int token) {
@@ -110,7 +112,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     gather_globals<kBlockC, kThreads, kHasPrefix>(global_value, p, p.landmark_value, p.value, batch, head,
                                                   first_column);
     copy_commit();
-    if (tile < last_tile) load_tile(tile, shared.stage[0]);
+    if (tile < tiles) load_tile(tile, shared.stage[0]);
     copy_commit();
 
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
@@ -140,33 +142,26 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     }
 
     float grad_key[kHeadDim / 8][4] = {}, grad_value[kHeadDim / 8][4] = {};
-    for (int i = 0; tile < last_tile; ++tile, ++i) {
+    for (int i = 0; tile < tiles; tile += step, ++i) {
         typename Traits::Stage& stage = shared.stage[i % kStages];
         const int first_query = tile * kBlockQ;
         copy_wait<0>();
-        // A thread has waited for its own copies only, and reads those before the barrier.
-        using Gather = GatherRows<kBlockQ, kThreads, kHeadDim>;
-        constexpr int kUnits = RowTile::kUnits;
-#pragma unroll
-        for (int j = 0; j < Gather::kCount; ++j) {
-            const int r = Gather::row(j), unit = Gather::unit();
-            float sum = dot<S>(RowTile{stage.grad_output}.unit(r, unit), RowTile{stage.output}.unit(r, unit));
-#pragma unroll
-            for (int offset = 1; offset < kUnits; offset *= 2)
-                sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-            if (unit != 0) continue;
-            stage.delta[r] = sum;
-            if (column_block == 0 && first_query + r < tokens)
-                static_cast<float*>(p.delta)[bh * tokens + first_query + r] = sum;
-        }
+        __syncwarp(); // a warp has waited for its own copies only, and reads those before the barrier
+        constexpr int kOwnRows = kBlockQ * kWarpSize / kThreads;
+        float product[kOwnRows / 8][4] = {};
+        multiply_rows<kOwnRows>(product, RowTile{stage.grad_output}, RowTile{stage.output}, warp * kOwnRows);
+        for_diagonal(product, [&](int row, float sum) { stage.delta[warp * kOwnRows + row] = sum; });
         if (threadIdx.x < kBlockQ) {
             stage.logsumexp[threadIdx.x] = next_logsumexp * kLog2e;
             if (excludes) stage.window[threadIdx.x] = window_of(first_query + threadIdx.x);
         }
         publish_tiles();
         __syncthreads();
-        if (tile + 1 < last_tile) load_tile(tile + 1, shared.stage[(i + 1) % kStages]);
+        if (tile + step < tiles) load_tile(tile + step, shared.stage[(i + 1) % kStages]);
         copy_commit();
+        const int token = first_query + threadIdx.x;
+        if (column_block == 0 && threadIdx.x < kBlockQ && token < tokens)
+            delta[token] = stage.delta[threadIdx.x];
 
         const RowTile queries{stage.query}, grad_outputs{stage.grad_output};
         const int count = min(kBlockQ, tokens - first_query);
@@ -232,7 +227,7 @@ void launch_window_attention_bwd_global(const AttentionParams& p, cudaStream_t s
     constexpr int kBytes = sizeof(typename Traits::Shared);
     static LimitsOf limits_of[2][2];
     limits_of[has_dropout][has_prefix](kernel);
-    kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, kBytes, stream>>>(p);
+    launch_dependent(kernel, blocks, Traits::kThreads, kBytes, stream, p);
 }
 
 } // namespace eva_attn::cuda::mma

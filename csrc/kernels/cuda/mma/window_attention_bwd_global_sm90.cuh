@@ -6,7 +6,7 @@
 #include <climits>
 #include <type_traits>
 
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/mma/bwd_utils.cuh"
 #include "kernels/cuda/mma/persistent.cuh"
 #include "kernels/cuda/mma/warpgroup_product.cuh"
@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize,
         constexpr int kHeadDim = Traits::kHeadDim, kStages = Traits::kStages;
         extern __shared__ __align__(1024) char global_grad_memory[];
         auto& shared = *reinterpret_cast<typename Traits::Shared*>(global_grad_memory);
+        wait_for_dependencies();
 
         const Geometry& g = p.shape.geometry;
         const int heads = static_cast<int>(p.shape.heads);
@@ -69,12 +70,12 @@ __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize,
         const int64_t bh = int64_t{batch} * heads + head;
 
         const int tiles = (tokens + kTileRows - 1) / kTileRows;
-        const int last_tile = static_cast<int>(int64_t{tiles} * (piece + 1) / p.pieces);
-        int tile = static_cast<int>(int64_t{tiles} * piece / p.pieces);
+        const int step = static_cast<int>(p.pieces); // pieces take turns, so that blocks read side by side
+        int tile = piece;
         const int first_column = column_block * kTileRows;
         const int chunk_width = static_cast<int>(g.chunk_width);
         if (g.is_causal && column_block > 0) // a chunk is visible from its end on
-            tile = max(tile, min((first_column + 1) * chunk_width / kTileRows, last_tile));
+            tile += max(0, ((first_column + 1) * chunk_width / kTileRows - piece + step - 1) / step) * step;
 
         const auto load_rows = [&](RowTile& to, const CUtensorMap& map, int row, uint64_t* full) {
 #pragma unroll
@@ -102,11 +103,12 @@ __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize,
             barrier_init_fence();
             load_pair(shared.landmarks, maps.landmark_key, maps.landmark_value, first_column,
                       &shared.landmarks_full);
-            for (int i = 0; i < kStages && tile + i < last_tile; ++i) {
-                load_queries(tile + i, i);
+            for (int i = 0; i < kStages && tile + i * step < tiles; ++i) {
+                load_queries(tile + i * step, i);
                 if (i == 0) load_output(tile);
             }
         }
+        float* const delta = static_cast<float*>(p.delta) + bh * tokens;
         const float* const logsumexp = static_cast<const float*>(p.logsumexp) + bh * tokens;
         const auto logsumexp_of = [&](int tile) {
             const int token = kTileRows * tile + threadIdx.x;
@@ -115,12 +117,13 @@ __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize,
         float next_logsumexp = logsumexp_of(tile);
 
         const int lane = threadIdx.x % kWarpSize, pair = lane % 4 * 2;
+        const int own = threadIdx.x / kWarpSize * 16; // first row of the warp
         const float scale_log2 = static_cast<float>(p.scale) * kLog2e;
         float bias[2];
         int column[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            column[r] = first_column + threadIdx.x / kWarpSize * 16 + lane / 4 + 8 * r;
+            column[r] = first_column + own + lane / 4 + 8 * r;
             bias[r] = column[r] < landmarks ? global_bias(p, TokenBox{}, batch, column[r]) : -kInfinity;
         }
         __syncthreads(); // barriers are ready
@@ -130,7 +133,7 @@ __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize,
         RingCursor at;
         uint32_t output_phase = 0;
 #pragma unroll 1
-        for (; tile < last_tile; ++tile, at.advance(kStages), output_phase ^= 1) {
+        for (; tile < tiles; tile += step, at.advance(kStages), output_phase ^= 1) {
             const Pair& stage = shared.stages[at.slot];
             const int first_query = kTileRows * tile;
             barrier_wait(&shared.stage_full[at.slot], at.phase);
@@ -142,26 +145,20 @@ __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize,
             warpgroup_commit();
 
             barrier_wait(&shared.output_full, output_phase);
-            const int row = threadIdx.x / 2, half = threadIdx.x % 2;
-            float delta = 0;
+            float product[2][4] = {};
 #pragma unroll
             for (int panel = 0; panel < RowTile::kPanels; ++panel)
-#pragma unroll
-                for (int unit = 0; unit < 4; ++unit)
-                    delta += dot<S>(stage.second.unit(panel, row, 4 * half + unit),
-                                    shared.output.unit(panel, row, 4 * half + unit));
-            delta += __shfl_xor_sync(~0u, delta, 1);
-            if (half == 0) {
-                shared.delta[row] = delta;
-                if (column_block == 0 && first_query + row < tokens)
-                    static_cast<float*>(p.delta)[bh * tokens + first_query + row] = delta;
-            }
+                multiply_rows<16>(product, stage.second.tile(panel), shared.output.tile(panel), own);
+            for_diagonal(product, [&](int row, float sum) { shared.delta[own + row] = sum; });
             if (threadIdx.x < kTileRows) shared.logsumexp[threadIdx.x] = next_logsumexp;
             __syncthreads();
-            if (tile + 1 < last_tile) {
-                if (threadIdx.x == 0) load_output(tile + 1);
-                next_logsumexp = logsumexp_of(tile + 1);
+            if (tile + step < tiles) {
+                if (threadIdx.x == 0) load_output(tile + step);
+                next_logsumexp = logsumexp_of(tile + step);
             }
+            const int token = first_query + threadIdx.x;
+            if (column_block == 0 && threadIdx.x < kTileRows && token < tokens)
+                delta[token] = shared.delta[threadIdx.x];
 
             warpgroup_wait();
             fence_registers(score);
@@ -191,7 +188,8 @@ __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize,
                 fence_registers(panel_of(grad_key, panel));
             }
             __syncthreads();
-            if (threadIdx.x == 0 && tile + kStages < last_tile) load_queries(tile + kStages, at.slot);
+            if (threadIdx.x == 0 && tile + kStages * step < tiles)
+                load_queries(tile + kStages * step, at.slot);
         }
 
         store_global_gradients(p, bh * p.pieces + piece, landmarks, column, grad_key, grad_value);
@@ -224,7 +222,7 @@ bool launch_window_attention_bwd_global_sm90(const AttentionParams& p, cudaStrea
         !make_landmark_map<S>(maps.landmark_key, p, p.landmark_key, kTileRows) ||
         !make_landmark_map<S>(maps.landmark_value, p, p.landmark_value, kTileRows))
         return false;
-    kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, kBytes, stream>>>(p, maps);
+    launch_dependent(kernel, blocks, Traits::kThreads, kBytes, stream, p, maps);
     return true;
 }
 

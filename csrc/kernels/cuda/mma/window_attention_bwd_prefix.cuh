@@ -162,6 +162,7 @@ template <class S>
 __global__ void __launch_bounds__(4 * kWarpSize)
     prefix_gradients_kernel(const __grid_constant__ AttentionParams p) {
     constexpr int kParts = 2;
+    wait_for_dependencies();
     const Geometry& g = p.shape.geometry;
     const int prefix = static_cast<int>(g.num_prefix_tokens);
     const int head_dim = static_cast<int>(p.shape.head_dim);
@@ -253,8 +254,7 @@ template <class S>
 void launch_prefix_gradients(const AttentionParams& p, cudaStream_t stream) {
     const int64_t rows = p.shape.batch * p.shape.heads * p.shape.geometry.num_prefix_tokens;
     if (rows == 0) return;
-    prefix_gradients_kernel<S>
-        <<<static_cast<unsigned>(detail::ceil_div(rows, 4)), 4 * kWarpSize, 0, stream>>>(p);
+    launch_dependent(prefix_gradients_kernel<S>, detail::ceil_div(rows, 4), 4 * kWarpSize, 0, stream, p);
 }
 
 } // namespace eva_attn::cuda::mma

@@ -8,7 +8,7 @@
 #include <numeric>
 #include <type_traits>
 
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/mma/bwd_utils.cuh"
 #include "kernels/cuda/mma/product.cuh"
 #include "kernels/cuda/mma/warpgroup_product.cuh"
@@ -56,7 +56,7 @@ struct WindowGradSm90Traits {
 struct WindowGradSm90Plan {
     Windows windows;
     int batch, rows;
-    int64_t num_windows; // of all sequences
+    WindowShares shares;
     int num_chunks, chunk_width;
     int term_rows; // of the chunks of any round; 0 without terms
 };
@@ -90,7 +90,7 @@ struct WindowGradSm90 {
                 barrier_init(&shared.rows_empty[w][i], 1);
             }
         for (int i = 0; i < Traits::kColumnSlots; ++i) {
-            barrier_init(&shared.columns_full[i], 1 + kWarpSize);
+            barrier_init(&shared.columns_full[i], 2);
             barrier_init(&shared.columns_empty[i], Traits::kWarpgroups * kWarps);
         }
         barrier_init_fence();
@@ -223,7 +223,7 @@ struct WindowGradSm90 {
                     shared.logsumexp[slot][lane + kWarpSize * r] = numbers[r][0];
                     shared.delta[slot][lane + kWarpSize * r] = numbers[r][1];
                 }
-                barrier_arrive(&shared.columns_full[slot]);
+                release(&shared.columns_full[slot]);
             }
         });
     }
@@ -561,6 +561,7 @@ __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize,
         const WindowGradSm90<Traits, kMayBeCausal> gradients{
             p, plan, maps, *reinterpret_cast<typename Traits::Shared*>(window_grad_memory)};
         const int role = threadIdx.x / kWarpSize - Traits::kConsumers / kWarpSize;
+        wait_for_dependencies();
         if (threadIdx.x == 0) gradients.init_barriers();
         __syncthreads();
         if (role < 0) {
@@ -604,7 +605,7 @@ bool launch_window_attention_bwd_sm90(const AttentionParams& p, cudaStream_t str
         .windows = w,
         .batch = static_cast<int>(p.shape.batch),
         .rows = 1,
-        .num_windows = num_windows,
+        .shares = WindowShares::of(p.shape, w.num_windows),
         .num_chunks = static_cast<int>(g.num_chunks()),
         .chunk_width = static_cast<int>(g.chunk_width),
         .term_rows = static_cast<int>(term_rows),
@@ -635,8 +636,7 @@ bool launch_window_attention_bwd_sm90(const AttentionParams& p, cudaStream_t str
         !make_token_map(maps.grad_value, p.grad_value))
         return false;
 
-    const int64_t ctas = std::min<int64_t>(num_windows, multiprocessors());
-    kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, kBytes, stream>>>(p, plan, maps);
+    launch_dependent(kernel, plan.shares.ctas(), Traits::kThreads, kBytes, stream, p, plan, maps);
     return true;
 }
 

@@ -7,7 +7,7 @@
 #include <numeric>
 #include <type_traits>
 
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/mma/bwd_utils.cuh"
 #include "kernels/cuda/mma/product.cuh"
 #include "kernels/cuda/mma/window_tile.cuh"
@@ -25,7 +25,8 @@ struct TileGradSm90Traits {
     static constexpr int kConsumers = kWarpgroups * kWarpgroupSize;
     static constexpr int kThreads = kConsumers + kWarpgroupSize;
     static constexpr int kConsumerRegisters = 232, kServiceRegisters = 40;
-    static constexpr int kSlots = 5, kLandmarkSlots = 2;
+    static constexpr int kSlots = 4, kLandmarkSlots = 2;
+    static_assert(kSlots % kWarpgroups == 0); // a slot's phases are known by their parity to one of them
     static constexpr int kTerms = 4, kMostChunks = 16; // rows that a chunk adds to its tokens' gradients
     static constexpr int kMaxTableSize = 225;          // (2 h - 1) (2 w - 1)
 
@@ -34,10 +35,8 @@ struct TileGradSm90Traits {
         alignas(1024) S key[kTileElements];
         alignas(1024) S value[kTileElements]; // then the gradients of the scores [key, query]
         alignas(1024) S grad_output[kTileElements];
-    };
-    // What the tokens get as members of chunks: omega, grad_beta, grad_key_mean, grad_query_mean.
-    struct Terms {
-        alignas(1024) S rows[kTerms][kMostChunks * kTile];
+        // What the tokens get as members of chunks: omega, grad_beta, grad_key_mean, grad_query_mean.
+        alignas(1024) S terms[kTerms][kMostChunks * kTile];
     };
     struct Landmarks {
         alignas(1024) S key[kTileElements];
@@ -45,12 +44,12 @@ struct TileGradSm90Traits {
     };
     struct Numbers {                          // of tokens
         float logsumexp[kTile], delta[kTile]; // in units of log 2, times the scale
-        uint32_t chunk[kTile];                // weight and gradient as a member
+        uint32_t member[kTile];               // weight and gradient in the chunk
+        int chunk[kTile];                     // of the window's, -1 outside of the grid
     };
     struct Shared {
         Window windows[kSlots];
         Landmarks landmarks[kLandmarkSlots];
-        Terms terms[kWarpgroups];
         union {
             struct {
                 float4 bias_tile[kScoreTileVectors];
@@ -58,29 +57,22 @@ struct TileGradSm90Traits {
             };
             float bias_sum[kTile][kTile + 1]; // [key, query]
         };
-        alignas(16) Numbers numbers[kWarpgroups];
+        alignas(16) Numbers numbers[kSlots];
         alignas(128) S padding[kTile]; // rows beyond the window's go here, so that they stay zeros elsewhere
         uint64_t window_full[kSlots], gradients_full[kSlots], window_empty[kSlots];
         uint64_t landmarks_full[kLandmarkSlots], landmarks_empty[kLandmarkSlots];
-        uint64_t terms_full[kWarpgroups], terms_empty[kWarpgroups];
-        uint64_t numbers_full[kWarpgroups], numbers_empty[kWarpgroups];
+        uint64_t numbers_full[kSlots], numbers_empty[kSlots];
     };
 };
 
 struct TileGradSm90Plan {
     Windows windows;
     int batch, rows;
-    int64_t num_windows; // of all sequences
+    WindowShares shares;
     bool has_landmarks, has_terms;
     int chunks_height, chunks_width; // a box that holds the chunks of any window
     int chunk_height, chunk_width;
     uint32_t chunk_height_reciprocal, chunk_width_reciprocal;
-
-    __host__ __device__ int64_t windows_of_head() const { return int64_t{batch} * windows.num_windows; }
-    // Whose share the window is in.
-    __host__ __device__ int cta_of(int64_t window, int64_t ctas) const {
-        return static_cast<int>(((window + 1) * ctas + num_windows - 1) / num_windows - 1);
-    }
 };
 
 struct TileGradSm90Maps {
@@ -93,7 +85,6 @@ struct TileGradSm90 {
     using S = typename Traits::S;
     using Window = typename Traits::Window;
     using Landmarks = typename Traits::Landmarks;
-    using Terms = typename Traits::Terms;
     static constexpr int kTile = Traits::kTile;
 
     const AttentionParams& p;
@@ -101,19 +92,19 @@ struct TileGradSm90 {
     const TileGradSm90Maps& maps;
     typename Traits::Shared& shared;
 
-    // Rows of tiles that no copy reaches; by all threads.
+    // Rows of tiles that no copy reaches; by the warpgroups.
     __device__ void clear_padding() const {
         const auto clear = [](S* tile, int first, int rows) {
-            for (int i = first * 8 + threadIdx.x; i < rows * 8; i += Traits::kThreads)
+            for (int i = first * 8 + threadIdx.x; i < rows * 8; i += Traits::kConsumers)
                 reinterpret_cast<uint4*>(tile)[i] = uint4{0, 0, 0, 0};
         };
-        const int size = plan.windows.queries.size();
-        for (Window& window : shared.windows)
+        const int size = plan.windows.queries.size(),
+                  chunks = plan.has_terms ? plan.chunks_height * plan.chunks_width : 0;
+        for (Window& window : shared.windows) {
             for (S* tile : {window.query, window.key, window.value, window.grad_output})
                 clear(tile, size, kTile);
-        for (Terms& terms : shared.terms)
-            for (S* tile : terms.rows)
-                clear(tile, plan.has_terms ? plan.chunks_height * plan.chunks_width : 0, Traits::kMostChunks);
+            for (S* tile : window.terms) clear(tile, chunks, Traits::kMostChunks);
+        }
         for (Landmarks& landmarks : shared.landmarks)
             for (S* tile : {landmarks.key, landmarks.value})
                 clear(tile, plan.has_landmarks ? kTile : 0, kTile);
@@ -126,16 +117,12 @@ struct TileGradSm90 {
             barrier_init(&shared.window_full[i], 1);
             barrier_init(&shared.gradients_full[i], kWarps);
             barrier_init(&shared.window_empty[i], 1);
+            barrier_init(&shared.numbers_full[i], 1);
+            barrier_init(&shared.numbers_empty[i], kWarps);
         }
         for (int i = 0; i < Traits::kLandmarkSlots; ++i) {
             barrier_init(&shared.landmarks_full[i], 1);
             barrier_init(&shared.landmarks_empty[i], Traits::kWarpgroups * kWarps);
-        }
-        for (int i = 0; i < Traits::kWarpgroups; ++i) {
-            barrier_init(&shared.terms_full[i], 1);
-            barrier_init(&shared.terms_empty[i], kWarps);
-            barrier_init(&shared.numbers_full[i], 1);
-            barrier_init(&shared.numbers_empty[i], kWarps);
         }
         barrier_init_fence();
     }
@@ -145,6 +132,7 @@ struct TileGradSm90 {
     // By one thread.
     __device__ void load() const {
         const Windows& w = plan.windows;
+        const int chunks = plan.has_terms ? plan.chunks_height * plan.chunks_width : 0;
         RingCursor slot, landmark_slot;
         bool is_first = true;
 #pragma unroll 1
@@ -153,11 +141,17 @@ struct TileGradSm90 {
             Window& window = shared.windows[slot.slot];
             uint64_t* const full = &shared.window_full[slot.slot];
             barrier_wait(&shared.window_empty[slot.slot], slot.phase ^ 1);
-            barrier_arrive_expect(full, 4 * w.queries.size() * kRowBytes);
+            barrier_arrive_expect(full, (4 * w.queries.size() + Traits::kTerms * chunks) * kRowBytes);
             load_box(window.query, maps.query, full, 0, x0, y0, at.head, at.batch);
             load_box(window.key, maps.key, full, 0, x0, y0, at.head, at.batch);
             load_box(window.grad_output, maps.grad_output, full, 0, x0, y0, at.head, at.batch);
             load_box(window.value, maps.value, full, 0, x0, y0, at.head, at.batch);
+            if (plan.has_terms) {
+                const int y = y0 / plan.chunk_height, x = x0 / plan.chunk_width;
+#pragma unroll
+                for (int i = 0; i < Traits::kTerms; ++i)
+                    load_box(window.terms[i], maps.terms[i], full, 0, x, y, at.head, at.batch);
+            }
             slot.advance(Traits::kSlots);
             if (plan.has_landmarks && (is_first || at.begins_sequence())) {
                 Landmarks& landmarks = shared.landmarks[landmark_slot.slot];
@@ -172,36 +166,22 @@ struct TileGradSm90 {
         }
     }
 
-    // By one thread.
-    __device__ void load_terms() const {
-        const Windows& w = plan.windows;
-        RingCursor slot;
+    // By two warps, which take turns at the windows.
+    __device__ void load_numbers(int turn) const {
+        RingCursor slot{.slot = turn};
+        WindowCursor at = WindowCursor::first(plan);
+        if (turn > 0) at.advance(plan);
 #pragma unroll 1
-        for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan)) {
-            const int y = at.row * w.queries.height / plan.chunk_height,
-                      x = at.column * w.queries.width / plan.chunk_width;
-            uint64_t* const full = &shared.terms_full[slot.slot];
-            barrier_wait(&shared.terms_empty[slot.slot], slot.phase ^ 1);
-            barrier_arrive_expect(full, Traits::kTerms * plan.chunks_height * plan.chunks_width * kRowBytes);
-#pragma unroll
-            for (int i = 0; i < Traits::kTerms; ++i)
-                load_box(shared.terms[slot.slot].rows[i], maps.terms[i], full, 0, x, y, at.head, at.batch);
-            slot.advance(Traits::kWarpgroups);
-        }
-    }
-
-    // By one warp.
-    __device__ void load_numbers() const {
-        RingCursor slot;
-#pragma unroll 1
-        for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan)) {
+        for (; at.left > 0; at.advance(plan), at.advance(plan)) {
             const TokenBox box = plan.windows.query_box(at.row, at.column);
+            const int in_chunk_y = box.y0 % plan.chunk_height, in_chunk_x = box.x0 % plan.chunk_width;
             const int64_t first =
                 (static_cast<int64_t>(at.batch) * p.shape.heads + at.head) * plan.windows.num_tokens;
             float logsumexp[2], delta[2], weight[2], grad[2];
+            int chunk[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const int token = box.token(threadIdx.x % kWarpSize + kWarpSize * i);
+                const int row = threadIdx.x % kWarpSize + kWarpSize * i, token = box.token(row);
                 const auto load = [&](const void* data, float otherwise) {
                     return data && token >= 0 ? (static_cast<const float*>(data) + first)[token] : otherwise;
                 };
@@ -209,6 +189,10 @@ struct TileGradSm90 {
                 delta[i] = load(p.delta, 0.0f);
                 weight[i] = load(p.chunk_terms.token_weight, 0.0f);
                 grad[i] = load(p.chunk_terms.token_grad, 0.0f);
+                const int y = divide(row, box.shape.width_reciprocal), x = row - y * box.shape.width;
+                chunk[i] = divide(in_chunk_y + y, plan.chunk_height_reciprocal) * plan.chunks_width +
+                           divide(in_chunk_x + x, plan.chunk_width_reciprocal);
+                if (token < 0 && row < box.shape.size()) chunk[i] = -1;
             }
             barrier_wait(&shared.numbers_empty[slot.slot], slot.phase ^ 1);
             auto& numbers = shared.numbers[slot.slot];
@@ -217,10 +201,11 @@ struct TileGradSm90 {
                 const int row = threadIdx.x % kWarpSize + kWarpSize * i;
                 numbers.logsumexp[row] = logsumexp[i] * kLog2e;
                 numbers.delta[row] = delta[i] * static_cast<float>(p.scale);
-                numbers.chunk[row] = pack<S>(weight[i], grad[i]);
+                numbers.member[row] = pack<S>(weight[i], grad[i]);
+                numbers.chunk[row] = chunk[i];
             }
             release(&shared.numbers_full[slot.slot]);
-            slot.advance(Traits::kWarpgroups);
+            slot.advance(Traits::kSlots, 2);
         }
     }
 
@@ -233,9 +218,9 @@ struct TileGradSm90 {
             const int y0 = at.row * w.queries.height, x0 = at.column * w.queries.width;
             const Window& window = shared.windows[slot.slot];
             barrier_wait(&shared.gradients_full[slot.slot], slot.phase);
-            store_box(window.query, maps.grad_query, 0, x0, y0, at.head, at.batch);
-            store_box(window.key, maps.grad_key, 0, x0, y0, at.head, at.batch);
-            store_box(window.value, maps.grad_value, 0, x0, y0, at.head, at.batch);
+            store_box(window.value, maps.grad_query, 0, x0, y0, at.head, at.batch);
+            store_box(window.query, maps.grad_key, 0, x0, y0, at.head, at.batch);
+            store_box(window.grad_output, maps.grad_value, 0, x0, y0, at.head, at.batch);
             store_commit();
             store_wait_read();
             barrier_arrive(&shared.window_empty[slot.slot]);
@@ -246,14 +231,14 @@ struct TileGradSm90 {
     // Zeros in those pieces of the bias gradient that no CTA writes; by one warp.
     __device__ void clear_bias_pieces() const {
         if (!p.grad_relative_bias) return;
-        const int64_t pieces = plan.batch * p.bias_pieces;
+        const int pieces = plan.batch * static_cast<int>(p.bias_pieces),
+                  heads = static_cast<int>(p.shape.heads);
         const int entries = bias_entries();
 #pragma unroll 1
-        for (int64_t i = blockIdx.x; i < p.shape.heads * pieces; i += gridDim.x) {
-            const int64_t head = i / pieces, first = head * plan.windows_of_head();
-            const int last_cta = plan.cta_of(first + plan.windows_of_head() - 1, gridDim.x);
-            if (i - head * pieces <= last_cta - plan.cta_of(first, gridDim.x)) continue;
-            float* const to = bias_piece(head, i - head * pieces);
+        for (int i = blockIdx.x; i < heads * pieces; i += gridDim.x) {
+            const int head = i / pieces, piece = i % pieces;
+            if (piece <= plan.shares.last_part(head) - plan.shares.first_part(head)) continue;
+            float* const to = bias_piece(head, piece);
             for (int j = threadIdx.x % kWarpSize; j < entries; j += kWarpSize) to[j] = 0;
         }
     }
@@ -261,45 +246,48 @@ struct TileGradSm90 {
     // By the warpgroups, which take turns at the windows.
     __device__ void compute() const {
         const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroupSize, 0);
+        const int begin = plan.shares.begin(blockIdx.x), end = plan.shares.end(blockIdx.x);
+        const int of_head = plan.shares.of_head, of_sequence = plan.windows.num_windows;
         ScoreTile grad_bias = {}; // summed over windows
-        int head = -1, turn = 0;
-        RingCursor slot, landmark_slot;
-        uint32_t phase = 0; // of what the warpgroup alone has
+        // Where the next head and the next sequence begin.
+        int head = begin / of_head - 1, next_head = (head + 1) * of_head;
+        int next_sequence = begin / of_sequence * of_sequence;
+        int piece = static_cast<int>(blockIdx.x) / plan.shares.heads -
+                    plan.shares.first_part(head + 1); // of the head's bias gradient
+        RingCursor slot{.slot = warpgroup}, landmark_slot;
 #pragma unroll 1
-        for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan)) {
-            if (at.head != head) {
-                if (head >= 0) store_bias(head, warpgroup, grad_bias);
-                fill_bias(at.head);
+        for (int window = begin + warpgroup;; window += Traits::kWarpgroups) {
+            // All go to every head.
+            for (; next_head <= min(window, end - 1); next_head += of_head) {
+                if (next_head > begin) {
+                    store_bias(head, piece, warpgroup, grad_bias);
+                    piece = 0; // the first one, as a later head begins here
+                }
+                fill_bias(++head);
             }
-            head = at.head;
-            if (turn == warpgroup) {
-                // A slot's phases go from one warpgroup to the other. None comes here while the slot's last
-                // window is still on its way: then there were no numbers for the window before this one.
-                barrier_wait(&shared.window_full[slot.slot], slot.phase);
-                if (plan.has_landmarks)
-                    barrier_wait(&shared.landmarks_full[landmark_slot.slot], landmark_slot.phase);
-                find_gradients(shared.windows[slot.slot], shared.landmarks[landmark_slot.slot],
-                               plan.windows.query_box(at.row, at.column), phase, warpgroup, grad_bias);
-                phase ^= 1;
-                release(&shared.gradients_full[slot.slot]);
-            }
-            slot.advance(Traits::kSlots);
-            if (++turn == Traits::kWarpgroups) turn = 0;
-            if (plan.has_landmarks && at.row == plan.rows - 1 && at.column == plan.windows.columns - 1) {
+            if (window >= end) break;
+            // And wait for the landmarks of every sequence, as only the parity of phases tells them apart.
+            for (; plan.has_landmarks && next_sequence <= window; next_sequence += of_sequence) {
+                if (next_sequence > begin) {
+                    release(&shared.landmarks_empty[landmark_slot.slot]);
+                    landmark_slot.advance(Traits::kLandmarkSlots);
+                }
                 barrier_wait(&shared.landmarks_full[landmark_slot.slot], landmark_slot.phase);
-                release(&shared.landmarks_empty[landmark_slot.slot]);
-                landmark_slot.advance(Traits::kLandmarkSlots);
             }
+            find_gradients(slot, shared.landmarks[landmark_slot.slot], warpgroup, grad_bias);
+            release(&shared.gradients_full[slot.slot]);
+            slot.advance(Traits::kSlots, Traits::kWarpgroups);
         }
-        store_bias(head, warpgroup, grad_bias);
+        store_bias(head, piece, warpgroup, grad_bias);
     }
 
   private:
     using Factor = uint32_t[4]; // the first one [64, 16] of a product
     using Operand = Factor[kTile / 16];
 
-    __device__ void find_gradients(Window& window, const Landmarks& landmarks, const TokenBox& box,
-                                   uint32_t phase, int warpgroup, ScoreTile& grad_bias) const {
+    __device__ void find_gradients(const RingCursor& slot, const Landmarks& landmarks, int warpgroup,
+                                   ScoreTile& grad_bias) const {
+        Window& window = shared.windows[slot.slot];
         const float scale = static_cast<float>(p.scale), scale_log2 = scale * kLog2e;
         const uint64_t query = tile_descriptor(window.query), key = tile_descriptor(window.key),
                        value = tile_descriptor(window.value),
@@ -309,6 +297,7 @@ struct TileGradSm90 {
         // Of the window [key, query], of the landmarks [query, landmark].
         ScoreTile score, grad_weight, landmark_score, landmark_grad_weight;
         begin_with_bias(score, shared.bias_tile);
+        barrier_wait(&shared.window_full[slot.slot], slot.phase);
         warpgroup_fence();
 #pragma unroll
         for (int d = 0; d < 4; ++d) {
@@ -338,22 +327,26 @@ struct TileGradSm90 {
                 grad_weight[n][e] = score[n][e] * (grad_weight[n][e] * scale - delta[e]);
             }
         };
-        const auto& numbers = shared.numbers[warpgroup];
-        barrier_wait(&shared.numbers_full[warpgroup], phase);
-        const uint32_t members[] = {numbers.chunk[score_row()], numbers.chunk[score_row() + 8]};
+        const auto& numbers = shared.numbers[slot.slot];
+        barrier_wait(&shared.numbers_full[slot.slot], slot.phase);
+        uint32_t members[2];
+        int chunks[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            members[r] = numbers.member[score_row() + 8 * r];
+            chunks[r] = numbers.chunk[score_row() + 8 * r];
+        }
         Factor key_factor, value_factor, mean_factor;
-        find_factors(key_factor, value_factor, mean_factor, box, members);
+        find_factors(key_factor, value_factor, mean_factor, members, chunks);
         warpgroup_wait<1>();
         fence_registers(score);
         fence_registers(grad_weight);
-        if (!box.is_whole()) {
 #pragma unroll
-            for (int e = 0; e < 4; e += 2)
-                if (box.token(score_row() + 4 * e) < 0) {
+        for (int r = 0; r < 2; ++r)
+            if (chunks[r] < 0) {
 #pragma unroll
-                    for (int n = 0; n < kTile / 8; ++n) score[n][e] = score[n][e + 1] = -kInfinity;
-                }
-        }
+                for (int n = 0; n < kTile / 8; ++n) score[n][2 * r] = score[n][2 * r + 1] = -kInfinity;
+            }
 #pragma unroll
         for (int n = 0; n < kTile / 8; ++n) {
             const int column = 8 * n + score_column();
@@ -367,13 +360,10 @@ struct TileGradSm90 {
         Operand weight, grad_score;
         pack_tile(weight, score);
         pack_tile(grad_score, grad_weight);
-        warpgroup_sync(warpgroup); // all are done with the values
-        put(grad_score, window.value);
         for (Factor& factor : weight) fence_factor(factor);
         for (Factor& factor : grad_score) fence_factor(factor);
 
-        if (plan.has_terms) barrier_wait(&shared.terms_full[warpgroup], phase);
-        const auto term = [&](int i) { return tile_descriptor(shared.terms[warpgroup].rows[i]); };
+        const auto term = [&](int i) { return tile_descriptor(window.terms[i]); };
         ScoreTile grad_query, grad_key, grad_value;
         warpgroup_fence();
 #pragma unroll
@@ -385,6 +375,8 @@ struct TileGradSm90 {
         warpgroup_multiply<S, 1>(grad_value, value_factor, term(1), 1);
         warpgroup_multiply<S, 1>(grad_key, mean_factor, term(2), 1);
         warpgroup_commit();
+        warpgroup_sync(warpgroup); // all are done with the values
+        put(grad_score, window.value);
         fence_async_proxy();
 
         warpgroup_wait<1>();
@@ -401,7 +393,7 @@ struct TileGradSm90 {
         Operand landmark_grad_score;
         pack_tile(landmark_grad_score, landmark_grad_weight);
         for (Factor& factor : landmark_grad_score) fence_factor(factor);
-        release(&shared.numbers_empty[warpgroup]);
+        release(&shared.numbers_empty[slot.slot]);
         warpgroup_sync(warpgroup); // the gradients of the scores are there
         warpgroup_fence();
 #pragma unroll
@@ -419,34 +411,29 @@ struct TileGradSm90 {
         pack_tile(value_rows, grad_value);
         subtract_keys(grad_key, window.key, members);
         pack_tile(key_rows, grad_key);
+        warpgroup_sync(warpgroup); // all are done with the queries and the gradients of outputs
+        put(value_rows, window.grad_output);
+        put(key_rows, window.query);
         warpgroup_wait();
         fence_registers(grad_query);
         pack_tile(query_rows, grad_query);
-        if (plan.has_terms) release(&shared.terms_empty[warpgroup]);
-        warpgroup_sync(warpgroup); // all are done with the rows
-        put(value_rows, window.value);
-        put(key_rows, window.key);
-        put(query_rows, window.query);
+        warpgroup_sync(warpgroup); // all are done with the gradients of the scores
+        put(query_rows, window.value);
         fence_async_proxy();
     }
 
     // By which the terms of chunks are multiplied for keys, values and the means.
-    __device__ void find_factors(Factor& key, Factor& value, Factor& mean, const TokenBox& box,
-                                 const uint32_t (&members)[2]) const {
-        const auto half = [](int column) { return column % 2 ? 0xffff0000u : 0xffffu; };
-        const int in_chunk_y = box.y0 % plan.chunk_height, in_chunk_x = box.x0 % plan.chunk_width;
+    __device__ static void find_factors(Factor& key, Factor& value, Factor& mean,
+                                        const uint32_t (&members)[2], const int (&chunks)[2]) {
         const uint32_t one = pack<S>(1, 1);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const BoxShape& shape = plan.windows.queries;
-            const int row = score_row() + 8 * r, y = divide(row, shape.width_reciprocal);
-            const int chunk = divide(in_chunk_y + y, plan.chunk_height_reciprocal) * plan.chunks_width +
-                              divide(in_chunk_x + row - y * shape.width, plan.chunk_width_reciprocal);
             const uint32_t weight = __byte_perm(members[r], 0, 0x1010),
-                           grad = __byte_perm(members[r], 0, 0x3232);
+                           grad = __byte_perm(members[r], 0, 0x3232),
+                           half = chunks[r] % 2 ? 0xffff0000u : 0xffffu;
 #pragma unroll
             for (int i = 0; i < 2; ++i) { // columns score_column() + 8 i and one further
-                const uint32_t is_member = (chunk & ~1) == score_column() + 8 * i ? half(chunk) : 0;
+                const uint32_t is_member = (chunks[r] & ~1) == score_column() + 8 * i ? half : 0;
                 key[2 * i + r] = grad & is_member;
                 value[2 * i + r] = weight & is_member;
                 mean[2 * i + r] = one & is_member;
@@ -515,13 +502,12 @@ struct TileGradSm90 {
         return static_cast<int>(p.shape.geometry.bias_height * p.shape.geometry.bias_width);
     }
     // The pieces of a head are counted over all of its sequences.
-    __device__ float* bias_piece(int64_t head, int64_t piece) const {
-        const int64_t bh = piece / p.bias_pieces * p.shape.heads + head;
+    __device__ float* bias_piece(int head, int piece) const {
         return static_cast<float*>(p.grad_relative_bias) +
-               (bh * p.bias_pieces + piece % p.bias_pieces) * bias_entries();
+               (head * plan.batch * p.bias_pieces + piece) * bias_entries();
     }
     // What the CTA has summed of a head, which begins anew.
-    __device__ void store_bias(int head, int warpgroup, ScoreTile& grad_bias) const {
+    __device__ void store_bias(int head, int piece, int warpgroup, ScoreTile& grad_bias) const {
         if (!p.grad_relative_bias) return;
 #pragma unroll 1
         for (int turn = 0; turn < Traits::kWarpgroups; ++turn) {
@@ -537,12 +523,20 @@ struct TileGradSm90 {
                 }
         }
         consumers_sync();
-        const int first_cta = plan.cta_of(head * plan.windows_of_head(), gridDim.x);
         store_bias_gradient<Traits::kConsumers>(shared.bias_sum, p.shape.geometry, plan.windows.queries,
-                                                1.0f / static_cast<float>(p.scale),
-                                                bias_piece(head, static_cast<int>(blockIdx.x) - first_cta));
+                                                1.0f / static_cast<float>(p.scale), bias_piece(head, piece));
     }
 };
+
+// Until the barriers are initialised; who did that goes on.
+template <int kThreads>
+__device__ inline void barriers_sync() {
+    asm volatile("bar.sync 9, %0;\n" ::"n"(kThreads) : "memory");
+}
+template <int kThreads>
+__device__ inline void barriers_arrive() {
+    asm volatile("bar.arrive 9, %0;\n" ::"n"(kThreads) : "memory");
+}
 
 // Compiled for Hopper alone, as the launch bounds tell.
 template <class Traits>
@@ -555,21 +549,28 @@ __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize,
         const TileGradSm90<Traits> gradients{p, plan, maps,
                                              *reinterpret_cast<typename Traits::Shared*>(tile_grad_memory)};
         const int role = threadIdx.x / kWarpSize - Traits::kConsumers / kWarpSize;
-        gradients.clear_padding();
-        if (threadIdx.x == 0) gradients.init_barriers();
-        __syncthreads();
         if (role < 0) {
+            gradients.clear_padding();
+            barriers_sync<Traits::kThreads>();
+            wait_for_dependencies();
             warpgroup_take_registers<Traits::kConsumerRegisters>();
             gradients.compute();
         } else {
             warpgroup_give_registers<Traits::kServiceRegisters>();
-            if (role == 0 && threadIdx.x % kWarpSize == 0) gradients.load();
-            if (role == 1 && threadIdx.x % kWarpSize == 0) gradients.store();
-            if (role == 2) {
-                gradients.load_numbers();
-                gradients.clear_bias_pieces();
+            const bool is_first = threadIdx.x % kWarpSize == 0;
+            if (role == 0) {
+                if (is_first) gradients.init_barriers();
+                __syncwarp();
+                barriers_arrive<Traits::kThreads>();
+                wait_for_dependencies();
+                if (is_first) gradients.load(); // while the others still clear
+                return;
             }
-            if (role == 3 && plan.has_terms && threadIdx.x % kWarpSize == 0) gradients.load_terms();
+            barriers_sync<Traits::kThreads>();
+            wait_for_dependencies();
+            if (role == 1 && is_first) gradients.store();
+            if (role >= 2) gradients.load_numbers(role - 2);
+            if (role == 3) gradients.clear_bias_pieces();
         }
     }
 }
@@ -596,13 +597,13 @@ bool launch_window_attention_bwd_tile_sm90(const AttentionParams& p, cudaStream_
     constexpr int kBytes = sizeof(typename Traits::Shared);
     static LimitsOf limits_of;
     const KernelLimits& limits = limits_of(kernel);
-    if (num_windows > INT_MAX || limits.threads < Traits::kThreads || limits.shared_bytes < kBytes)
+    if (num_windows > INT_MAX / 4 || limits.threads < Traits::kThreads || limits.shared_bytes < kBytes)
         return false;
     const TileGradSm90Plan plan{
         .windows = w,
         .batch = static_cast<int>(p.shape.batch),
         .rows = static_cast<int>(g.window_rows()),
-        .num_windows = num_windows,
+        .shares = WindowShares::of(p.shape, w.num_windows),
         .has_landmarks = p.num_landmarks > 0,
         .has_terms = p.chunk_terms.omega != nullptr,
         .chunks_height = static_cast<int>(chunks_height),
@@ -612,10 +613,7 @@ bool launch_window_attention_bwd_tile_sm90(const AttentionParams& p, cudaStream_
         .chunk_height_reciprocal = reciprocal(static_cast<int>(g.chunk_height)),
         .chunk_width_reciprocal = reciprocal(static_cast<int>(g.chunk_width)),
     };
-    const int64_t ctas = std::min<int64_t>(num_windows, multiprocessors());
-    const int64_t most_pieces =
-        std::min(plan.windows_of_head(), plan.windows_of_head() * ctas / num_windows + 2);
-    if (p.grad_relative_bias && most_pieces > p.shape.batch * p.bias_pieces) return false;
+    if (p.grad_relative_bias && plan.shares.most_of_head() > p.shape.batch * p.bias_pieces) return false;
 
     TileGradSm90Maps maps;
     using S = typename Traits::S;
@@ -639,7 +637,7 @@ bool launch_window_attention_bwd_tile_sm90(const AttentionParams& p, cudaStream_
         !make_token_map(maps.grad_value, p.grad_value))
         return false;
 
-    kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, kBytes, stream>>>(p, plan, maps);
+    launch_dependent(kernel, plan.shares.ctas(), Traits::kThreads, kBytes, stream, p, plan, maps);
     return true;
 }
 

@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionFwdTraits<S, kHead
     using Rows = GatherRows<kBlockN, kAttentionThreads, kHeadDim>;
     extern __shared__ __align__(128) char shared_bytes[];
     auto& shared = *reinterpret_cast<typename Traits::Shared*>(shared_bytes);
+    wait_for_dependencies();
 
     const Windows& w = plan.windows;
     const Geometry& g = p.shape.geometry;
@@ -494,8 +495,7 @@ void launch_window_attention_fwd(const AttentionParams& p, cudaStream_t stream) 
     const size_t bytes = sizeof(typename Traits::Shared) + sizeof(float) * w.table_size;
     static LimitsOf limits_of;
     limits_of(kernel);
-    const auto blocks = static_cast<unsigned>(batch_heads * plan.slices);
-    kernel<<<blocks, kAttentionThreads, bytes, stream>>>(p, plan);
+    launch_dependent(kernel, batch_heads * plan.slices, kAttentionThreads, bytes, stream, p, plan);
 }
 
 } // namespace eva_attn::cuda::mma

@@ -14,16 +14,19 @@
 
 namespace eva_attn::cuda::mma {
 
-template <class S, int kHeadDim>
+// Windows of one tile, and the landmarks, have at most kOnlyColumns columns; 0: windows of several tiles.
+template <class S, int kHeadDim, int kOnlyColumns>
 struct AttentionSm90Traits {
+    static constexpr bool kIsOneTile = kOnlyColumns > 0;
+    static constexpr int kColumns = kIsOneTile ? kOnlyColumns : kBlockN; // of a block of scores
     // Warpgroups that compute a tile of queries each; of one more, three warps load and one stores.
-    static constexpr int kWarpgroups = kHeadDim == 64 ? 3 : 2;
+    static constexpr int kWarpgroups = kHeadDim == 64 ? 3 + kIsOneTile : 2;
     static constexpr int kConsumers = kWarpgroups * kWarpgroupSize;
     static constexpr int kThreads = kConsumers + kWarpgroupSize;
-    static constexpr int kConsumerRegisters = kHeadDim == 64 ? 160 : 232;
-    static constexpr int kServiceRegisters = kHeadDim == 64 ? 32 : 40;
-    static constexpr int kMaxTiles = 4, kMaxKeySlots = 8, kMaxLandmarkSlots = 3;
+    static constexpr int kConsumerRegisters = kWarpgroups == 4 ? 112 : kWarpgroups == 3 ? 160 : 232;
+    static constexpr int kServiceRegisters = kWarpgroups == 4 ? 24 : kWarpgroups == 3 ? 32 : 40;
     static constexpr int kQuerySlots = 2 * kWarpgroups;
+    static constexpr int kMaxTiles = 4, kMaxKeySlots = kIsOneTile ? kQuerySlots : 8, kMaxLandmarkSlots = 3;
     static constexpr int kPanels = kHeadDim / 64; // of 64 columns, in which a tile is kept
     static constexpr int kPanelElements = kBlockM * 64;
     static constexpr int kTileElements = kPanels * kPanelElements;
@@ -37,7 +40,8 @@ struct AttentionSm90Traits {
     };
     struct alignas(16) Barriers {
         Place place[kQuerySlots];
-        // [slot]; a block is the keys and the values of a block of columns. Slots of landmarks come last.
+        // [slot]; a block is the keys and the values of a block of columns. Slots of landmarks come last. In
+        // windows of one tile query_full tells of the keys and values, too.
         uint64_t query_full[kQuerySlots], query_empty[kQuerySlots], output_full[kQuerySlots];
         uint64_t block_full[kMaxKeySlots + kMaxLandmarkSlots], block_empty[kMaxKeySlots + kMaxLandmarkSlots];
     };
@@ -46,8 +50,8 @@ struct AttentionSm90Traits {
 struct AttentionSm90Plan {
     Windows windows;
     int batch, rows;
-    int64_t num_windows; // of all sequences
-    int tiles;           // of a window's queries, and of its keys
+    WindowShares shares;
+    int tiles; // of a window's queries, and of its keys
     int tile_tokens;
     bool has_landmarks;
     int key_slots, landmark_slots;
@@ -58,18 +62,22 @@ struct AttentionSm90Maps {
 };
 
 // Without `kHasBias` there is no bias and no causality.
-template <class S, int kHeadDim, bool kIsOneTile, bool kHasBias>
+template <class S, int kHeadDim, int kOnlyColumns, bool kHasBias>
 struct AttentionSm90 {
-    using Traits = AttentionSm90Traits<S, kHeadDim>;
-    static constexpr int kTile = Traits::kTileElements;
+    using Traits = AttentionSm90Traits<S, kHeadDim, kOnlyColumns>;
+    static constexpr bool kIsOneTile = Traits::kIsOneTile;
+    static constexpr int kTile = Traits::kTileElements, kColumns = Traits::kColumns;
+    static constexpr int kBiasVectors = kIsOneTile ? kColumns / 8 * kWarpgroupSize : 0;
+    using ScoreTile = float[kColumns / 8][4];
 
     const AttentionParams& p;
     const AttentionSm90Plan& plan;
     const AttentionSm90Maps& maps;
     S *queries, *blocks; // [slot][kTile], [slot][key, value][kTile]
     typename Traits::Barriers& barriers;
-    float4* bias_tile; // [kScoreTileVectors], of windows of one tile
+    float4* bias_tile; // [kBiasVectors]
     float* bias_table;
+    const WindowCursor begin;
 
     __device__ AttentionSm90(const AttentionParams& p, const AttentionSm90Plan& plan,
                              const AttentionSm90Maps& maps, char* shared)
@@ -78,24 +86,27 @@ struct AttentionSm90 {
           barriers(*reinterpret_cast<typename Traits::Barriers*>(
               blocks + (plan.key_slots + plan.landmark_slots) * 2 * kTile)),
           bias_tile(reinterpret_cast<float4*>(&barriers + 1)),
-          bias_table(reinterpret_cast<float*>(bias_tile + (kIsOneTile ? kScoreTileVectors : 0))) {}
+          bias_table(reinterpret_cast<float*>(bias_tile + kBiasVectors)), begin(WindowCursor::first(plan)) {}
 
     static int64_t shared_bytes(const AttentionSm90Plan& plan) {
         const int64_t tiles = Traits::kQuerySlots + 2 * (plan.key_slots + plan.landmark_slots);
-        return tiles * kTile * sizeof(S) + sizeof(typename Traits::Barriers) +
-               (kIsOneTile ? kBlockM * kBlockN * sizeof(float) : 0) + plan.windows.table_size * sizeof(float);
+        return tiles * kTile * sizeof(S) + sizeof(typename Traits::Barriers) + kBiasVectors * sizeof(float4) +
+               plan.windows.table_size * sizeof(float);
     }
 
+    // By one thread of each warp.
     __device__ void init_barriers() const {
         constexpr int kWarps = kWarpgroupSize / kWarpSize;
+        const int warp = threadIdx.x / kWarpSize;
+        constexpr int kAllWarps = Traits::kThreads / kWarpSize;
 #pragma unroll 1
-        for (int i = 0; i < Traits::kQuerySlots; ++i) {
+        for (int i = warp; i < Traits::kQuerySlots; i += kAllWarps) {
             barrier_init(&barriers.query_full[i], 1);
             barrier_init(&barriers.query_empty[i], 1);
             barrier_init(&barriers.output_full[i], kWarps);
         }
 #pragma unroll 1
-        for (int i = 0; i < plan.key_slots + plan.landmark_slots; ++i) {
+        for (int i = warp; i < plan.key_slots + plan.landmark_slots; i += kAllWarps) {
             barrier_init(&barriers.block_full[i], 1);
             barrier_init(&barriers.block_empty[i],
                          kWarps * (i < plan.key_slots ? plan.tiles : Traits::kWarpgroups));
@@ -127,11 +138,11 @@ struct AttentionSm90 {
     // By one thread each.
     __device__ void load_queries() const {
         const Windows& w = plan.windows;
-        RingCursor query;
+        RingCursor query, key;
         int sequence = 0;
         bool is_first = true;
 #pragma unroll 1
-        for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan)) {
+        for (WindowCursor at = begin; at.left > 0; at.advance(plan)) {
             sequence += !is_first && at.begins_sequence();
             is_first = false;
 #pragma unroll 1
@@ -139,9 +150,19 @@ struct AttentionSm90 {
                 barrier_wait(&barriers.query_empty[query.slot], query.phase ^ 1);
                 barriers.place[query.slot] = {at.head, at.batch, at.row, at.column, tile, sequence};
                 uint64_t* full = &barriers.query_full[query.slot];
-                barrier_arrive_expect(full, plan.tile_tokens * kHeadDim * static_cast<int>(sizeof(S)));
-                load_tile(queries + query.slot * kTile, maps.query, full,
-                          at.column * w.queries.width + kBlockM * tile, at.row * w.queries.height, at);
+                const int x = at.column * w.queries.width + kBlockM * tile, y = at.row * w.queries.height;
+                const int bytes = plan.tile_tokens * kHeadDim * static_cast<int>(sizeof(S));
+                if constexpr (kIsOneTile) { // side by side in memory
+                    barrier_wait(&barriers.block_empty[key.slot], key.phase ^ 1);
+                    barrier_arrive_expect(full, 3 * bytes);
+                    S* block = blocks + key.slot * 2 * kTile;
+                    load_tile(block, maps.key, full, x, y, at);
+                    load_tile(block + kTile, maps.value, full, x, y, at);
+                    key.advance(plan.key_slots);
+                } else {
+                    barrier_arrive_expect(full, bytes);
+                }
+                load_tile(queries + query.slot * kTile, maps.query, full, x, y, at);
                 query.advance(Traits::kQuerySlots);
             }
         }
@@ -150,7 +171,7 @@ struct AttentionSm90 {
         const Windows& w = plan.windows;
         RingCursor key;
 #pragma unroll 1
-        for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan))
+        for (WindowCursor at = begin; at.left > 0; at.advance(plan))
 #pragma unroll 1
             for (int block = 0; block < plan.tiles; ++block) {
                 load_block(key.slot, key.phase, plan.tile_tokens, maps.key, maps.value,
@@ -162,7 +183,7 @@ struct AttentionSm90 {
         RingCursor landmark;
         bool is_first = true;
 #pragma unroll 1
-        for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan)) {
+        for (WindowCursor at = begin; at.left > 0; at.advance(plan)) {
             if (is_first || at.begins_sequence()) {
                 load_block(plan.key_slots + landmark.slot, landmark.phase, kBlockN, maps.landmark_key,
                            maps.landmark_value, 0, 0, at);
@@ -204,10 +225,9 @@ struct AttentionSm90 {
     __device__ void attend_blocks(OnlineSoftmax<kHeadDim>& softmax, const Unit& unit, int first,
                                   RingCursor& key, const RingCursor& landmark) const {
         constexpr int kBlocks = kWindowBlocks + kHasLandmarks;
-        using Scores = float[kBlockN / 8][4];
-        float score[kBlocks * kBlockN / 8][4];
-        const auto block_score = [&](int i) -> Scores& {
-            return reinterpret_cast<Scores&>(score[i * kBlockN / 8]);
+        float score[kBlocks * kColumns / 8][4];
+        const auto block_score = [&](int i) -> ScoreTile& {
+            return reinterpret_cast<ScoreTile&>(score[i * kColumns / 8]);
         };
         int slot[kBlocks];
 #pragma unroll
@@ -215,7 +235,8 @@ struct AttentionSm90 {
             const bool of_window = i < kWindowBlocks;
             slot[i] = of_window ? key.slot : plan.key_slots + landmark.slot;
             if (kHasBias && of_window) begin_scores(block_score(i), unit.tile, first + i);
-            barrier_wait(&barriers.block_full[slot[i]], of_window ? key.phase : landmark.phase);
+            if (!kIsOneTile || !of_window)
+                barrier_wait(&barriers.block_full[slot[i]], of_window ? key.phase : landmark.phase);
             if (of_window) key.advance(plan.key_slots);
         }
 
@@ -287,13 +308,18 @@ struct AttentionSm90 {
         const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroupSize, 0);
         clear_padding();
 
-        int head = WindowCursor::first(plan).head, batch = WindowCursor::first(plan).batch;
+        int head = begin.head, batch = begin.batch;
         int sequence = 0, tile = 0;
         RingCursor query, key, landmark;
         fill_bias(head);
         const auto advance = [&](int by) {
             query.advance(Traits::kQuerySlots, by);
-            for (tile += by; tile >= plan.tiles; tile -= plan.tiles) key.advance(plan.key_slots, plan.tiles);
+            if constexpr (kIsOneTile) {
+                key.advance(plan.key_slots, by);
+            } else {
+                for (tile += by; tile >= plan.tiles; tile -= plan.tiles)
+                    key.advance(plan.key_slots, plan.tiles);
+            }
         };
         advance(warpgroup);
         // Through every sequence, those without a tile of this warpgroup too: all warpgroups release each
@@ -345,8 +371,7 @@ struct AttentionSm90 {
             warpgroup_sync(warpgroup);
             put_output(softmax, unit, &barriers.output_full[query.slot]);
         }
-        const WindowCursor first = WindowCursor::first(plan);
-        go_to_sequence((first.row * plan.windows.columns + first.column + first.left - 1) /
+        go_to_sequence((begin.row * plan.windows.columns + begin.column + begin.left - 1) /
                        plan.windows.num_windows);
         if (plan.has_landmarks) // no copy may outlive the CTA
             barrier_wait(&barriers.block_full[plan.key_slots + landmark.slot], landmark.phase);
@@ -359,7 +384,7 @@ struct AttentionSm90 {
         asm volatile("bar.sync 8, %0;\n" ::"n"(Traits::kConsumers) : "memory");
     }
 
-    __device__ int tiles_in_share() const { return WindowCursor::first(plan).left * plan.tiles; }
+    __device__ int tiles_in_share() const { return begin.left * plan.tiles; }
 
     __device__ TokenBox box_of(const typename Traits::Place& place) const {
         return plan.windows.query_box(place.row, place.column);
@@ -413,18 +438,17 @@ struct AttentionSm90 {
                 reinterpret_cast<uint4*>(blocks + panel * Traits::kPanelElements)[first + i] =
                     uint4{0, 0, 0, 0};
         fence_async_proxy();
-        consumers_sync();
     }
 
     // Of a head, divided by the scale: scores begin with them.
     __device__ void fill_bias(int head) const {
         const Windows& w = plan.windows;
         if (!kHasBias || (!w.has_table && !kIsOneTile)) return;
-        consumers_sync();
+        if (!kIsOneTile) consumers_sync();
         fill_bias_table<Traits::kConsumers>(p, w, head, bias_table, 1.0f / static_cast<float>(p.scale));
         consumers_sync();
         if (!kIsOneTile) return;
-        fill_bias_tile<Traits::kWarpgroups>(w, bias_table, bias_tile);
+        fill_bias_tile<Traits::kWarpgroups, false, kColumns / 8>(w, bias_table, bias_tile);
         consumers_sync();
     }
 
@@ -438,7 +462,7 @@ struct AttentionSm90 {
         const float* bias =
             bias_table + plan.windows.center + kBlockN * (block - tile) + score_column() - score_row();
 #pragma unroll
-        for (int n = 0; n < kBlockN / 8; ++n)
+        for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) score[n][i] = has_bias ? bias[8 * n + i % 2 - i / 2 * 8] : 0.0f;
     }
@@ -457,7 +481,7 @@ struct AttentionSm90 {
             hide(score, {hidden, hidden});
         }
     }
-    __device__ void hide_landmarks(float (&score)[kBlockN / 8][4], const Unit& unit) const {
+    __device__ void hide_landmarks(ScoreTile& score, const Unit& unit) const {
         uint32_t hidden[2];
         if (!is_causal()) {
             auto landmarks = static_cast<int>(p.num_landmarks);
@@ -474,18 +498,20 @@ struct AttentionSm90 {
 };
 
 // Compiled for Hopper alone, as the launch bounds tell.
-template <class S, int kHeadDim, bool kIsOneTile, bool kHasBias>
-__global__ void __launch_bounds__(kHasWarpgroups ? AttentionSm90Traits<S, kHeadDim>::kThreads : kWarpSize, 1)
+template <class S, int kHeadDim, int kOnlyColumns, bool kHasBias>
+__global__ void
+__launch_bounds__(kHasWarpgroups ? AttentionSm90Traits<S, kHeadDim, kOnlyColumns>::kThreads : kWarpSize, 1)
     window_attention_fwd_sm90_kernel(const __grid_constant__ AttentionParams p,
                                      const __grid_constant__ AttentionSm90Plan plan,
                                      const __grid_constant__ AttentionSm90Maps maps) {
     if constexpr (kHasWarpgroups) {
-        using Traits = AttentionSm90Traits<S, kHeadDim>;
+        using Traits = AttentionSm90Traits<S, kHeadDim, kOnlyColumns>;
         extern __shared__ __align__(1024) char attention_tiles[];
-        const AttentionSm90<S, kHeadDim, kIsOneTile, kHasBias> attention(p, plan, maps, attention_tiles);
         const int role = threadIdx.x / kWarpSize - Traits::kConsumers / kWarpSize;
-        if (threadIdx.x == 0) attention.init_barriers();
+        const AttentionSm90<S, kHeadDim, kOnlyColumns, kHasBias> attention(p, plan, maps, attention_tiles);
+        if (threadIdx.x % kWarpSize == 0) attention.init_barriers();
         if (threadIdx.x == Traits::kConsumers) attention.prefetch_maps();
+        wait_for_dependencies();
         __syncthreads();
         if (role < 0) {
             warpgroup_take_registers<Traits::kConsumerRegisters>();
@@ -494,7 +520,7 @@ __global__ void __launch_bounds__(kHasWarpgroups ? AttentionSm90Traits<S, kHeadD
             warpgroup_give_registers<Traits::kServiceRegisters>();
             if (threadIdx.x % kWarpSize != 0) return;
             if (role == 0) attention.load_queries();
-            if (role == 1) attention.load_keys();
+            if (role == 1 && !Traits::kIsOneTile) attention.load_keys();
             if (role == 2 && plan.has_landmarks) attention.load_landmarks();
             if (role == 3) attention.store();
         }
@@ -502,39 +528,41 @@ __global__ void __launch_bounds__(kHasWarpgroups ? AttentionSm90Traits<S, kHeadD
 }
 
 // False where this kernel was not compiled for the device, or does not do what is asked.
-template <class S, int kHeadDim, bool kIsOneTile, bool kHasBias>
+template <class S, int kHeadDim, int kOnlyColumns, bool kHasBias>
 bool launch_window_attention_fwd_sm90(const AttentionParams& p, Windows w, cudaStream_t stream) {
-    using Traits = AttentionSm90Traits<S, kHeadDim>;
-    using Attention = AttentionSm90<S, kHeadDim, kIsOneTile, kHasBias>;
+    using Traits = AttentionSm90Traits<S, kHeadDim, kOnlyColumns>;
+    using Attention = AttentionSm90<S, kHeadDim, kOnlyColumns, kHasBias>;
+    constexpr bool kIsOneTile = Traits::kIsOneTile;
     const Geometry& g = p.shape.geometry;
-    const auto kernel = window_attention_fwd_sm90_kernel<S, kHeadDim, kIsOneTile, kHasBias>;
+    const auto kernel = window_attention_fwd_sm90_kernel<S, kHeadDim, kOnlyColumns, kHasBias>;
     if (!kIsOneTile) w.table_size = w.table_height * w.table_width; // no place is hidden
     const int64_t num_windows = p.shape.batch * p.shape.heads * w.num_windows;
     if (num_windows == 0) return true;
     if (num_windows > INT_MAX) return false;
-    const int64_t ctas = std::min<int64_t>(num_windows, multiprocessors());
     AttentionSm90Plan plan{
         .windows = w,
         .batch = static_cast<int>(p.shape.batch),
         .rows = static_cast<int>(g.window_rows()),
-        .num_windows = num_windows,
+        .shares = WindowShares::of(p.shape, w.num_windows),
         .tiles = kIsOneTile ? 1 : w.queries.width / kBlockM,
         .tile_tokens = std::min(w.queries.size(), kBlockM),
         .has_landmarks = p.num_landmarks > 0,
         .key_slots = 0,
         .landmark_slots = p.num_landmarks > 0 ? Traits::kMaxLandmarkSlots : 0,
     };
-    // So many that each warpgroup meets every phase of the slots that it uses.
-    const bool meets_all_windows = plan.tiles >= Traits::kWarpgroups;
-    const int min_slots = meets_all_windows ? plan.tiles : plan.tiles * Traits::kWarpgroups;
-    plan.key_slots = meets_all_windows ? Traits::kMaxKeySlots : Traits::kMaxKeySlots / min_slots * min_slots;
+    // So many that each warpgroup meets every phase of the slots whose barriers it waits for.
+    const bool meets_all_windows = kIsOneTile || plan.tiles >= Traits::kWarpgroups;
+    const int min_slots = plan.tiles * (kIsOneTile || !meets_all_windows ? Traits::kWarpgroups : 1);
+    const int step = meets_all_windows ? 1 : min_slots;
+    const int good_slots = kIsOneTile ? min_slots + min_slots / 2 : 2 * min_slots;
+    plan.key_slots = Traits::kMaxKeySlots / step * step;
 
     static LimitsOf limits_of;
     const KernelLimits& limits = limits_of(kernel);
     if (limits.threads < Traits::kThreads) return false;
     while (Attention::shared_bytes(plan) > limits.shared_bytes) {
-        if (plan.key_slots > 2 * min_slots || (plan.landmark_slots <= 1 && plan.key_slots > min_slots)) {
-            plan.key_slots -= meets_all_windows ? 1 : min_slots;
+        if (plan.key_slots > good_slots || (plan.landmark_slots <= 1 && plan.key_slots > min_slots)) {
+            plan.key_slots -= step;
         } else if (plan.landmark_slots > 1) {
             --plan.landmark_slots;
         } else {
@@ -554,7 +582,7 @@ bool launch_window_attention_fwd_sm90(const AttentionParams& p, Windows w, cudaS
         return false;
 
     const auto bytes = static_cast<int>(Attention::shared_bytes(plan));
-    kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, bytes, stream>>>(p, plan, maps);
+    launch_dependent(kernel, plan.shares.ctas(), Traits::kThreads, bytes, stream, p, plan, maps);
     return true;
 }
 
@@ -565,14 +593,16 @@ bool launch_window_attention_fwd_sm90(const AttentionParams& p, cudaStream_t str
     if (p.dropout.threshold > 0 || p.key_padding_mask || p.landmark_bias || p.extents ||
         g.num_prefix_tokens > 0 || g.windows_overlap() || p.num_landmarks > kBlockN)
         return false;
+    if (std::max<int64_t>(w.queries.size(), p.num_landmarks) <= 56) // as of 7 x 7
+        return launch_window_attention_fwd_sm90<S, kHeadDim, 56, true>(p, w, stream);
     if (w.queries.size() <= kBlockM)
-        return launch_window_attention_fwd_sm90<S, kHeadDim, true, true>(p, w, stream);
+        return launch_window_attention_fwd_sm90<S, kHeadDim, kBlockN, true>(p, w, stream);
     const bool has_whole_tiles = w.queries.height == 1 && w.queries.width % kBlockM == 0 &&
-                                 w.queries.width <= kBlockM * AttentionSm90Traits<S, kHeadDim>::kMaxTiles;
+                                 w.queries.width <= kBlockM * AttentionSm90Traits<S, kHeadDim, 0>::kMaxTiles;
     if (!has_whole_tiles) return false;
     if constexpr (kHeadDim == 64)
-        if (!w.has_table) return launch_window_attention_fwd_sm90<S, kHeadDim, false, false>(p, w, stream);
-    return launch_window_attention_fwd_sm90<S, kHeadDim, false, true>(p, w, stream);
+        if (!w.has_table) return launch_window_attention_fwd_sm90<S, kHeadDim, 0, false>(p, w, stream);
+    return launch_window_attention_fwd_sm90<S, kHeadDim, 0, true>(p, w, stream);
 }
 
 } // namespace eva_attn::cuda::mma

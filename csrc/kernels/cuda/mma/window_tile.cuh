@@ -16,9 +16,9 @@ __device__ inline int score_row() {
 __device__ inline int score_column() { return threadIdx.x % 4 * 2; }
 
 // From the table of a head, by kWarpgroups; rows are queries unless transposed.
-template <int kWarpgroups, bool kIsTransposed = false>
+template <int kWarpgroups, bool kIsTransposed = false, int kTiles = 8>
 __device__ inline void fill_bias_tile(const Windows& w, const float* table, float4* tile) {
-    for (int n = threadIdx.x / kWarpgroupSize; n < 8; n += kWarpgroups) {
+    for (int n = threadIdx.x / kWarpgroupSize; n < kTiles; n += kWarpgroups) {
         float bias[4];
         for (int i = 0; i < 4; ++i) {
             const int row = score_row() + i / 2 * 8, column = 8 * n + score_column() + i % 2;
@@ -29,9 +29,10 @@ __device__ inline void fill_bias_tile(const Windows& w, const float* table, floa
         tile[n * kWarpgroupSize + threadIdx.x % kWarpgroupSize] = float4{bias[0], bias[1], bias[2], bias[3]};
     }
 }
-__device__ inline void begin_with_bias(ScoreTile& score, const float4* tile) {
+template <int kTiles>
+__device__ inline void begin_with_bias(float (&score)[kTiles][4], const float4* tile) {
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < kTiles; ++n) {
         const float4 bias = tile[n * kWarpgroupSize + threadIdx.x % kWarpgroupSize];
         score[n][0] = bias.x;
         score[n][1] = bias.y;
@@ -41,12 +42,13 @@ __device__ inline void begin_with_bias(ScoreTile& score, const float4* tile) {
 }
 
 // Bit 2 n + i of `hidden` stands for column 8 n + score_column() + i, in the thread's two rows.
-__device__ inline void hide(ScoreTile& score, const uint32_t (&hidden)[2]) {
+template <int kTiles>
+__device__ inline void hide(float (&score)[kTiles][4], const uint32_t (&hidden)[2]) {
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
         if (((hidden[0] | hidden[1]) >> 4 * part & 15) == 0) continue;
 #pragma unroll
-        for (int n = 2 * part; n < 2 * part + 2; ++n)
+        for (int n = 2 * part; n < 2 * part + 2 && n < kTiles; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 if (hidden[i / 2] >> (2 * n + i % 2) & 1) score[n][i] = -kInfinity;
@@ -58,7 +60,8 @@ __device__ inline uint32_t columns_from(int visible) {
     return ~0u << (visible / 8 * 2 + max(0, min(visible % 8 - score_column(), 2)));
 }
 // Of a window that the grid's border cuts, from position 64 `block` on.
-__device__ inline void hide_outside(ScoreTile& score, const TokenBox& box, int block) {
+template <int kTiles>
+__device__ inline void hide_outside(float (&score)[kTiles][4], const TokenBox& box, int block) {
     const int first = block * 64 + score_column();
     uint32_t outside = 0;
 #pragma unroll 1

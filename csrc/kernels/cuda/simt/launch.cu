@@ -1,5 +1,6 @@
 #include "kernels/cuda/launch.h"
 
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/simt/kernels.h"
 #include "kernels/cuda/simt/warp.cuh"
 
@@ -73,6 +74,7 @@ __device__ void store_as(DType dtype, void* data, int64_t at, T x) {
 template <class T>
 __global__ void __launch_bounds__(kSumThreads, 3)
     sum_projection_gradients_kernel(const __grid_constant__ ProjectionGradients p) {
+    wait_for_dependencies();
     const int64_t size = (p.head_dim + 3) * p.head_dim;
     const int64_t i = static_cast<int64_t>(blockIdx.x) * simt::kLanes + simt::lane();
     const bool inside = i < 2 * size;
@@ -91,15 +93,13 @@ __global__ void __launch_bounds__(kSumThreads, 3)
 template <class T>
 __global__ void __launch_bounds__(kSumThreads, 3)
     sum_bias_gradient_kernel(const __grid_constant__ BiasGradient p) {
+    wait_for_dependencies();
     const int64_t blocks = detail::ceil_div(p.entries, simt::kLanes), head = blockIdx.x / blocks;
     const int64_t i = (blockIdx.x - head * blocks) * simt::kLanes + simt::lane();
     const bool inside = i < p.entries;
-    const T* const terms = static_cast<const T*>(p.terms) + i;
-    const int pieces = static_cast<int>(p.pieces);
-    const T sum = sum_terms<T>(inside ? static_cast<int>(p.sequences) * pieces : 0, [&](int term) {
-        const int64_t sequence = term / pieces;
-        return terms[((sequence * p.heads + head) * pieces + term % pieces) * p.entries];
-    });
+    const T* const terms = static_cast<const T*>(p.terms) + head * p.pieces * p.entries + i;
+    const T sum = sum_terms<T>(inside ? static_cast<int>(p.pieces) : 0,
+                               [&](int piece) { return terms[piece * p.entries]; });
     if (simt::warp() == 0 && inside) store_as(p.dtype, p.data, head * p.entries + i, sum);
 }
 
@@ -130,7 +130,7 @@ void sum_projection_gradients(DType accumulation, const ProjectionGradients& p, 
     const int64_t blocks = detail::ceil_div(2 * (p.head_dim + 3) * p.head_dim, simt::kLanes);
     const auto kernel = accumulation == DType::kDouble ? sum_projection_gradients_kernel<double>
                                                        : sum_projection_gradients_kernel<float>;
-    kernel<<<static_cast<unsigned>(blocks), kSumThreads, 0, stream>>>(p);
+    launch_dependent(kernel, blocks, kSumThreads, 0, stream, p);
 }
 
 void sum_bias_gradient(DType accumulation, const BiasGradient& p, cudaStream_t stream) {
@@ -138,7 +138,7 @@ void sum_bias_gradient(DType accumulation, const BiasGradient& p, cudaStream_t s
     if (blocks == 0) return;
     const auto kernel =
         accumulation == DType::kDouble ? sum_bias_gradient_kernel<double> : sum_bias_gradient_kernel<float>;
-    kernel<<<static_cast<unsigned>(blocks), kSumThreads, 0, stream>>>(p);
+    launch_dependent(kernel, blocks, kSumThreads, 0, stream, p);
 }
 
 namespace simt {

@@ -547,8 +547,9 @@ __global__ void __launch_bounds__(kThreads) query_gradients_kernel(const Attenti
     T* grad_bias = nullptr;
     if (p.grad_relative_bias && blockIdx.y == 0) {
         const int64_t size = g.bias_height * g.bias_width;
-        grad_bias = static_cast<T*>(p.grad_relative_bias) +
-                    (head.bh * p.bias_pieces + block * kWarps + warp()) * size;
+        grad_bias =
+            static_cast<T*>(p.grad_relative_bias) +
+            ((head.head * p.shape.batch + head.batch) * p.bias_pieces + block * kWarps + warp()) * size;
         for (int64_t i = lane(); i < size; i += kLanes) grad_bias[i] = 0;
         __syncwarp();
     }
