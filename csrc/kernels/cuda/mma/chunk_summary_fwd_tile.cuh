@@ -1,7 +1,10 @@
-// Landmarks of small chunks, forward. A warp takes as many chunks of a batch as fit into its slots for
-// tokens, eight at most, and needs no other warp: the members' rows lie in shared memory, and all that
-// belongs to the chunks is in fragments of tensor cores, a chunk in each row. Where a float is a factor of a
-// product, its high half is in the first eight rows of an operand and its low half in the last eight.
+// Landmarks of small chunks, forward. A warp takes as many chunks of a batch as fit into its 64 slots for
+// tokens, eight at most, and needs no other warp. The members' rows lie in shared memory; all that belongs to
+// the chunks is in fragments of tensor cores, a chunk in each row, so that a product's result is the next
+// one's factor: sums of queries and keys over the members, projections of the means, the members' logits,
+// sums of values. Where a float is a factor, its high half is in the first eight rows of an operand and its
+// low half in the last eight. Once used, queries, then keys, then values give way to those of the warp's next
+// tile, which arrive behind the arithmetic.
 #pragma once
 
 #include <algorithm>
@@ -10,15 +13,17 @@
 
 namespace eva_attn::cuda::mma {
 
-template <int kSlots_>
 struct SummaryTileTraits {
-    static constexpr int kSlots = kSlots_, kMaxChunks = 8;
-    static constexpr int kWarps = 512 / kSlots, kThreads = kWarps * kWarpSize;
-    static constexpr int kSteps = kSlots / 16;        // of products that sum over tokens
-    static constexpr int kOwned = kSlots / kWarpSize; // slots that a lane finds the tokens of
-    static constexpr int kHeadDim = 64, kTiles = kHeadDim / 8;
+    static constexpr int kHeadDim = 64, kSlots = 64, kMaxChunks = 8;
+    static constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
+    static constexpr int kTiles = 64 / 8, kSteps = 64 / 16; // of a product's columns, of its sums
+    static constexpr int kOwned = kSlots / kWarpSize;       // slots that a lane finds the tokens of
     static constexpr int kLanes = kHeadDim / 8, kRowsPerCopy = kWarpSize / kLanes, kRowBytes = 2 * kHeadDim;
 
+    // Floats [8, 64], of chunks by channels or by slots: with group = lane / 4 and pair = 2 * (lane % 4), a
+    // lane holds columns pair and pair + 1 of every eight in row `group`.
+    using EightRows = float[kTiles][2];
+    using Factor = uint32_t[kSteps][4];          // such ones as left factors of products
     using Weights = ProjectionWeights<kHeadDim>; // [2]: of the key's projection, of the query's
     template <class S>
     using Slots = S[3][kSlots * kHeadDim]; // of a warp: rows of queries, keys, values
@@ -34,16 +39,10 @@ struct SummaryTilePlan {
     int warps; // of a CTA, those with slots
 };
 
-// Floats [8, 8 kTiles]: with group = lane / 4 and pair = 2 * (lane % 4), a lane holds columns pair and pair +
-// 1 of every eight in row `group`.
-template <int kTiles>
-using EightRows = float[kTiles][2];
-
-// ... as left factors of products.
-template <class S, int kTiles>
-__device__ inline void split(uint32_t (&a)[kTiles / 2][4], const EightRows<kTiles>& x) {
+template <class S>
+__device__ inline void split(SummaryTileTraits::Factor& a, const SummaryTileTraits::EightRows& x) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int n = 0; n < SummaryTileTraits::kTiles; ++n) {
         const uint32_t high = pack<S>(x[n][0], x[n][1]);
         const float2 rounded = unpack<S>(high);
         a[n / 2][n % 2 * 2] = high;
@@ -52,14 +51,14 @@ __device__ inline void split(uint32_t (&a)[kTiles / 2][4], const EightRows<kTile
 }
 __device__ inline float add_halves(const float (&product)[4], int i) { return product[i] + product[i + 2]; }
 
-// ... as the first `columns` of a row of S, eight bytes a lane.
-template <class S, int kTiles>
-__device__ inline void store_row(S* row, const EightRows<kTiles>& x, int columns) {
+// The first `columns` of a row, in S, eight bytes a lane.
+template <class S>
+__device__ inline void store_row(S* row, const SummaryTileTraits::EightRows& x, int columns) {
     // A lane of a pair takes four columns of the first eight, the other four of the last.
     const int lane = threadIdx.x % kWarpSize, odd = lane & 1, first = odd * 8 + lane % 4 / 2 * 4;
     S* const to = row + first;
 #pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
+    for (int n = 0; n < SummaryTileTraits::kTiles; n += 2) {
         const uint32_t left = pack<S>(x[n][0], x[n][1]), right = pack<S>(x[n + 1][0], x[n + 1][1]);
         const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
         if (8 * n < columns - first)
@@ -67,17 +66,17 @@ __device__ inline void store_row(S* row, const EightRows<kTiles>& x, int columns
     }
 }
 
-// Their projection.
-template <int kHeadDim>
-__device__ inline void project(EightRows<kHeadDim / 8>& x, const ProjectionWeights<kHeadDim>& weights,
+// The rows' projection.
+__device__ inline void project(SummaryTileTraits::EightRows& x, const SummaryTileTraits::Weights& weights,
                                int head_dim, float eps, bool norm) {
+    constexpr int kHeadDim = SummaryTileTraits::kHeadDim, kTiles = SummaryTileTraits::kTiles,
+                  kSteps = SummaryTileTraits::kSteps;
     using Rows = SplitRows<kHeadDim>;
-    constexpr int kTiles = kHeadDim / 8;
     const int lane = threadIdx.x % kWarpSize, pair = lane % 4 * 2;
     const auto vector = [&](const float (&data)[kHeadDim], int n) {
         return *reinterpret_cast<const float2*>(data + place_of_float<kHeadDim>(8 * n + pair));
     };
-    uint32_t a[kTiles / 2][4];
+    SummaryTileTraits::Factor a;
     split<__nv_bfloat16>(a, x);
     const uint32_t rows = weights.linear().address(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     float sum = 0, squares = 0;
@@ -87,7 +86,7 @@ __device__ inline void project(EightRows<kHeadDim / 8>& x, const ProjectionWeigh
 #pragma unroll
         for (int half = 1; half >= 0; --half)
 #pragma unroll
-            for (int k = 0; k < kTiles / 2; ++k) {
+            for (int k = 0; k < kSteps; ++k) {
                 uint32_t b[4];
                 load_matrix(b, (rows ^ 32 * k) + 8 * n * Rows::kRowBytes + half * Rows::kLowBytes);
                 multiply_add<__nv_bfloat16>(product[0], a[k], b[0], b[1]);
@@ -119,17 +118,19 @@ __device__ inline void project(EightRows<kHeadDim / 8>& x, const ProjectionWeigh
     }
 }
 
-template <class S, int kSlots>
-__global__ void __launch_bounds__(SummaryTileTraits<kSlots>::kThreads, 1)
+template <class S>
+__global__ void __launch_bounds__(SummaryTileTraits::kThreads, 1)
     chunk_summary_fwd_tile_kernel(const __grid_constant__ SummaryParams p,
                                   const __grid_constant__ SummaryTilePlan plan) {
-    using Traits = SummaryTileTraits<kSlots>;
-    constexpr int kTiles = Traits::kTiles, kSteps = Traits::kSteps, kOwned = Traits::kOwned;
+    using Traits = SummaryTileTraits;
+    constexpr int kSlots = Traits::kSlots, kTiles = Traits::kTiles, kSteps = Traits::kSteps,
+                  kOwned = Traits::kOwned;
     constexpr int kQuery = 0, kKey = 1, kValue = 2;
     extern __shared__ __align__(1024) char memory[];
-    auto* const weights = reinterpret_cast<typename Traits::Weights*>(memory);
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    auto& slots = reinterpret_cast<typename Traits::template Slots<S>*>(weights + 2)[warp];
+    auto* const weights = reinterpret_cast<Traits::Weights*>(memory);
+    // By a shuffle, so that the compiler takes branches on it for ones that no lanes part at.
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0), lane = threadIdx.x % kWarpSize;
+    auto& slots = reinterpret_cast<Traits::Slots<S>*>(weights + 2)[warp];
     const auto rows_of = [&](int which) { return Tile<S, Traits::kHeadDim>{slots[which]}; };
     const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
     const bool has_mu = !p.has_projection || p.has_query_projection;
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(SummaryTileTraits<kSlots>::kThreads, 1)
     for (int i = 0; i < kOwned; ++i) {
         const int slot = i * kWarpSize + unit * Traits::kRowsPerCopy + lane / Traits::kLanes;
         const int chunk = divide(slot, plan.size_reciprocal), member = slot - chunk * plan.members.size();
-        slot_chunk[i] = min(chunk, kWarpSize - 1);
+        slot_chunk[i] = chunk;
         slot_y[i] = divide(member, plan.members.width_reciprocal);
         slot_x[i] = member - slot_y[i] * plan.members.width;
     }
@@ -202,14 +203,15 @@ __global__ void __launch_bounds__(SummaryTileTraits<kSlots>::kThreads, 1)
         copy_commit();
     };
 
+    wait_for_dependencies();
     const int step = gridDim.x * plan.warps;
     int tile = warp < plan.warps ? blockIdx.x + gridDim.x * warp : plan.num_tiles;
     Chunks next = find(tile);
     copy(kQuery, p.query, next, has_mu && tile < plan.num_tiles);
     copy(kKey, p.key, next, tile < plan.num_tiles);
     copy(kValue, p.value, next, tile < plan.num_tiles);
-    if (p.has_projection) weights[0].template load<S, Traits::kThreads>(p.key_projection, head_dim);
-    if (p.has_query_projection) weights[1].template load<S, Traits::kThreads>(p.query_projection, head_dim);
+    if (p.has_projection) weights[0].load<S, Traits::kThreads>(p.key_projection, head_dim);
+    if (p.has_query_projection) weights[1].load<S, Traits::kThreads>(p.query_projection, head_dim);
     __syncthreads();
 
     // Slots are bits where `Chunks::valid` has them; shifted by `first_bit`, those of the columns pair and
@@ -229,15 +231,15 @@ __global__ void __launch_bounds__(SummaryTileTraits<kSlots>::kThreads, 1)
     uint32_t belongs[kSteps][2]; // [8 chunks, kSlots]: 1 where the slot is the chunk's
     const uint32_t ones = pack<S>(1.0f, 1.0f);
 #pragma unroll
-    for (int n = 0; n < 2 * kSteps; ++n) {
-        const uint32_t bits[] = {own_slots[0] >> first_bit, own_slots[kOwned - 1] >> first_bit};
+    for (int n = 0; n < kTiles; ++n) {
+        const uint32_t bits[] = {own_slots[0] >> first_bit, own_slots[1] >> first_bit};
         belongs[n / 2][n % 2] =
             (column_bit(bits, n, 0) ? ones & 0xffffu : 0) | (column_bit(bits, n, 1) ? ones & 0xffff0000u : 0);
     }
-    // Of the matrices of 16 slots and of 16 channels, those from 8 `unit` onward.
+    // Of the matrices of 16 slots and of 16 channels, those from 8 `first_unit` onward.
     const uint32_t first_matrix = shared_address(rows_of(0).unit(lane % 16, lane / 16));
-    const auto address = [&](int which, int step, int unit) {
-        return (first_matrix ^ 16 * unit) + (which * kSlots + 16 * step) * Traits::kRowBytes;
+    const auto address = [&](int which, int s, int first_unit) {
+        return (first_matrix ^ 16 * first_unit) + (which * kSlots + 16 * s) * Traits::kRowBytes;
     };
     const float scale = static_cast<float>(p.scale) * kLog2e, mu_scale = static_cast<float>(p.mu_scale);
     const auto eps = static_cast<float>(p.norm_eps);
@@ -255,7 +257,7 @@ __global__ void __launch_bounds__(SummaryTileTraits<kSlots>::kThreads, 1)
         }
         const float factor = 1.0f / static_cast<float>(p.mean_divisor ? p.mean_divisor : max(count, 1));
         const int columns = row >= 0 ? head_dim : 0; // to be written
-        EightRows<kTiles> omega = {};
+        Traits::EightRows omega = {};
         if (p.noise) {
             const auto* const from = static_cast<const float*>(p.noise) + (to + pair);
 #pragma unroll
@@ -268,6 +270,8 @@ __global__ void __launch_bounds__(SummaryTileTraits<kSlots>::kThreads, 1)
 
         next = find(tile + step);
         const bool more = tile + step < plan.num_tiles;
+
+        // Means.
         copy_wait<1>(); // all but the values
         __syncwarp();
         float sums[kTiles][4] = {}; // of keys in the first eight rows, of queries in the last
@@ -288,7 +292,7 @@ __global__ void __launch_bounds__(SummaryTileTraits<kSlots>::kThreads, 1)
         copy(kQuery, p.query, next, has_mu && more);
 #pragma unroll
         for (int s = 0; s < kSteps; ++s) add_members(kKey, s, {belongs[s][0], 0, belongs[s][1], 0});
-        EightRows<kTiles> key, query;
+        Traits::EightRows key, query;
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
@@ -297,18 +301,15 @@ __global__ void __launch_bounds__(SummaryTileTraits<kSlots>::kThreads, 1)
                 query[n][i] = sums[n][i + 2] * factor;
             }
 
-        const auto store_floats = [&](void* rows, const EightRows<kTiles>& x) {
+        const auto store_floats = [&](void* rows, const Traits::EightRows& x) {
             auto* const row = static_cast<float*>(rows) + (to + pair);
 #pragma unroll
             for (int n = 0; n < kTiles; ++n)
                 if (8 * n < columns) *reinterpret_cast<float2*>(row + 8 * n) = float2{x[n][0], x[n][1]};
         };
-        if (!p.rounded_mean) {
-            store_floats(p.key_mean, key);
-            if (has_mu) store_floats(p.query_mean, query);
-        } else if (has_mu) {
-            store_row(static_cast<S*>(p.query_mean) + to, query, columns);
-        }
+        store_floats(p.key_mean, key);
+        if (has_mu) store_floats(p.query_mean, query);
+        // Landmark keys and omega.
         if (p.has_projection)
             project(key, weights[0], head_dim, eps, p.key_projection.norm_weight != nullptr);
         store_row(static_cast<S*>(p.landmark_key) + to, key, columns);
@@ -321,17 +322,17 @@ __global__ void __launch_bounds__(SummaryTileTraits<kSlots>::kThreads, 1)
                 for (int i = 0; i < 2; ++i) omega[n][i] += mu_scale * (key[n][i] + query[n][i]);
         }
 
-        // [8 chunks, kSlots], in units of log 2.
-        EightRows<2 * kSteps> logit;
+        // Weights of the members, by logits in units of log 2.
+        Traits::EightRows logit; // [8 chunks, kSlots]
         float largest = -kInfinity, total = 0.0f;
         {
-            uint32_t a[kTiles / 2][4];
+            Traits::Factor a;
             split<S>(a, omega);
 #pragma unroll
             for (int s = 0; s < kSteps; ++s) {
                 float products[2][4] = {}, squares[2][4] = {}; // squared norms of keys are on the diagonal
 #pragma unroll
-                for (int k = 0; k < kTiles / 2; ++k) {
+                for (int k = 0; k < kSteps; ++k) {
                     uint32_t b[4];
                     load_matrix(b, address(kKey, s, 2 * k));
 #pragma unroll
@@ -358,16 +359,17 @@ __global__ void __launch_bounds__(SummaryTileTraits<kSlots>::kThreads, 1)
         largest = quad_max(largest);
         if (largest == -kInfinity) largest = 0.0f;
 #pragma unroll
-        for (int n = 0; n < 2 * kSteps; ++n)
+        for (int n = 0; n < kTiles; ++n)
 #pragma unroll
             for (int i = 0; i < 2; ++i) total += logit[n][i] = exp2_approx(logit[n][i] - largest);
         total = quad_sum(total);
 
-        uint32_t a[kSteps][4];
+        // Landmark values.
+        Traits::Factor a;
         split<S>(a, logit);
-        copy_wait<2>(); // the values
+        copy_wait<2>(); // this tile's
         __syncwarp();
-        EightRows<kTiles> value;
+        Traits::EightRows value;
 #pragma unroll
         for (int n = 0; n < kTiles; n += 2) {
             float products[2][4] = {};
@@ -390,17 +392,29 @@ __global__ void __launch_bounds__(SummaryTileTraits<kSlots>::kThreads, 1)
     }
 }
 
-template <class S, int kSlots>
-void launch_chunk_summary_fwd_tile(const SummaryParams& p, const BoxShape& members, cudaStream_t stream) {
-    using Traits = SummaryTileTraits<kSlots>;
+// False where the chunks are not small, or have kernels of their own because they are very small.
+template <class S>
+bool launch_chunk_summary_fwd_tile(const SummaryParams& p, cudaStream_t stream) {
+    using Traits = SummaryTileTraits;
     const Geometry& g = p.shape.geometry;
-    const auto kernel = chunk_summary_fwd_tile_kernel<S, kSlots>;
+    const auto members =
+        BoxShape::of(g.chunk_height + 2 * g.chunk_overlap_y, g.chunk_width + 2 * g.chunk_overlap_x);
+    // The 16-byte units of a batch are numbered by int.
+    const auto countable = [&](const Rows& rows) {
+        return (p.shape.heads - 1) * rows.head_stride + (g.num_tokens() - 1) * rows.token_stride <=
+               int64_t{8} * INT_MAX;
+    };
+    if (p.shape.head_dim > Traits::kHeadDim || members.size() <= kFewMembers ||
+        members.size() > Traits::kSlots || !countable(p.query) || !countable(p.key) || !countable(p.value))
+        return false;
+
+    const auto kernel = chunk_summary_fwd_tile_kernel<S>;
     static LimitsOf limits_of;
-    constexpr int kWeightBytes = 2 * sizeof(typename Traits::Weights);
-    constexpr int kBytesPerWarp = sizeof(typename Traits::template Slots<S>);
+    constexpr int kWeightBytes = 2 * sizeof(Traits::Weights);
+    constexpr int kBytesPerWarp = sizeof(Traits::Slots<S>);
     const int warps =
         std::min((limits_of(kernel).shared_bytes - kWeightBytes) / kBytesPerWarp, Traits::kWarps);
-    const int chunks_per_tile = std::min(kSlots / members.size(), Traits::kMaxChunks);
+    const int chunks_per_tile = std::min(Traits::kSlots / members.size(), Traits::kMaxChunks);
     const int64_t tiles_per_batch = detail::ceil_div(g.num_chunks() * p.shape.heads, chunks_per_tile);
     const SummaryTilePlan plan{
         .members = members,
@@ -419,20 +433,9 @@ void launch_chunk_summary_fwd_tile(const SummaryParams& p, const BoxShape& membe
         .num_tiles = static_cast<int>(tiles_per_batch * p.shape.batch),
         .warps = warps,
     };
-    if (plan.num_tiles == 0) return;
-    const auto blocks = static_cast<unsigned>(std::min(plan.num_tiles, multiprocessors()));
-    kernel<<<blocks, Traits::kThreads, kWeightBytes + warps * kBytesPerWarp, stream>>>(p, plan);
-}
-
-// False where the chunks are not small.
-template <class S>
-bool launch_chunk_summary_fwd_tile(const SummaryParams& p, cudaStream_t stream) {
-    const Geometry& g = p.shape.geometry;
-    const auto members =
-        BoxShape::of(g.chunk_height + 2 * g.chunk_overlap_y, g.chunk_width + 2 * g.chunk_overlap_x);
-    if (p.shape.head_dim > 64 || members.size() > 64) return false;
-    members.size() <= kFewMembers ? launch_chunk_summary_fwd_tile<S, 32>(p, members, stream)
-                                  : launch_chunk_summary_fwd_tile<S, 64>(p, members, stream);
+    if (plan.num_tiles == 0) return true;
+    launch_dependent(kernel, std::min(plan.num_tiles, multiprocessors()), Traits::kThreads,
+                     kWeightBytes + warps * kBytesPerWarp, stream, p, plan);
     return true;
 }
 

@@ -21,12 +21,6 @@ bool aligned(const Projection& projection) {
            aligned(projection.norm_bias);
 }
 
-// The 16-byte units of a sequence are numbered by int.
-bool countable(const Rows& rows, const Shape& shape) {
-    return (shape.heads - 1) * rows.head_stride + (shape.geometry.num_tokens() - 1) * rows.token_stride <=
-           int64_t{8} * INT_MAX;
-}
-
 // Tokens, chunks and CTAs are numbered by int.
 bool countable(const Shape& shape) {
     const Geometry& g = shape.geometry;
@@ -54,8 +48,6 @@ const char* supports(DType dtype, const SummaryParams& p) {
     const Geometry& g = p.shape.geometry;
     for (const Rows& rows : {p.query, p.key, p.value})
         if (!aligned(rows, p.shape)) return kUnaligned;
-    for (const Rows& rows : {p.query, p.key, p.value})
-        if (!countable(rows, p.shape)) return "tensor cores are used for sequences of less than 32 GiB";
     const int64_t members =
         (g.chunk_height + 2 * g.chunk_overlap_y) * (g.chunk_width + 2 * g.chunk_overlap_x);
     if (!aligned(p.noise) || !aligned(p.key_projection) || !aligned(p.query_projection))
