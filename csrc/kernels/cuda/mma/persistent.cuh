@@ -54,37 +54,52 @@ struct RingCursor {
 };
 
 // How persistent CTAs share the windows of all sequences, which are numbered by head, then batch, then
-// position. CTAs side by side take the same windows of all heads, as heads lie side by side in memory, or
-// where that shares unevenly, windows one after the other.
+// position. CTAs side by side take the same windows of all heads, as these lie side by side in memory, and in
+// a long sequence all CTAs go along it together; where heads would share unevenly, each has windows one after
+// the other.
 struct WindowShares {
     int of_head;     // windows of a head
     int heads;       // that are taken side by side, or 1
     int parts;       // of such a head's windows, or of all: each a CTA's
     int share, rest; // windows of a part, and what is left over
+    int step;        // from a CTA's window to its next one
+    bool apart;      // heads have CTAs of their own
 
     static WindowShares of(const Shape& shape, int64_t windows_of_sequence) {
         const int64_t of_head = shape.batch * windows_of_sequence, all = shape.heads * of_head;
-        const int64_t ctas = detail::min(all, multiprocessors()),
-                      parts = detail::min(ctas / shape.heads, of_head);
-        const bool is_even = // within a twentieth
+        const int64_t ctas = detail::min(all, multiprocessors());
+        int64_t heads = shape.heads, parts = detail::min(ctas / heads, of_head);
+        const bool apart = // within a twentieth of the least
             parts > 0 && 20 * detail::ceil_div(of_head, parts) <= 21 * detail::ceil_div(all, ctas);
-        const auto shares = [&](int64_t heads, int64_t windows, int64_t parts) {
-            return WindowShares{static_cast<int>(of_head), static_cast<int>(heads), static_cast<int>(parts),
-                                static_cast<int>(windows / parts), static_cast<int>(windows % parts)};
+        if (!apart) heads = 1, parts = ctas;
+        const int64_t windows = apart ? of_head : all;
+        // A CTA then meets a sequence's landmarks with four windows at least.
+        const bool together = apart && 4 * parts <= windows_of_sequence;
+        return WindowShares{
+            .of_head = static_cast<int>(of_head),
+            .heads = static_cast<int>(heads),
+            .parts = static_cast<int>(parts),
+            .share = static_cast<int>(windows / parts),
+            .rest = static_cast<int>(windows % parts),
+            .step = together ? static_cast<int>(parts) : 1,
+            .apart = apart,
         };
-        return is_even ? shares(shape.heads, of_head, parts) : shares(1, all, ctas);
     }
     int ctas() const { return heads * parts; }
     // CTAs that have windows of one head, at most.
-    int most_of_head() const { return heads > 1 ? parts : detail::min(of_head, of_head / share + 2); }
+    int most_of_head() const { return apart ? parts : detail::min(of_head, of_head / share + 2); }
 
-    __device__ int begin(int cta) const { return cta % heads * of_head + first_of(cta / heads); }
-    __device__ int end(int cta) const { return cta % heads * of_head + first_of(cta / heads + 1); }
-    // Parts that have windows of a head: from the first one to the last.
-    __device__ int first_part(int head) const { return heads > 1 ? 0 : part_of(head * of_head); }
-    __device__ int last_part(int head) const {
-        return heads > 1 ? parts - 1 : part_of((head + 1) * of_head - 1);
+    __device__ int begin(int cta) const {
+        const int part = cta / heads;
+        return cta % heads * of_head + (step > 1 ? part : first_of(part));
     }
+    __device__ int count(int cta) const {
+        const int part = cta / heads;
+        return step > 1 ? share + (part < rest) : first_of(part + 1) - first_of(part);
+    }
+    // Parts that have windows of a head: from the first one to the last.
+    __device__ int first_part(int head) const { return apart ? 0 : part_of(head * of_head); }
+    __device__ int last_part(int head) const { return apart ? parts - 1 : part_of((head + 1) * of_head - 1); }
 
   private:
     __device__ int first_of(int part) const { return part * share + part * rest / parts; }
@@ -95,10 +110,11 @@ struct WindowShares {
     }
 };
 
-// Goes through a CTA's windows.
+// Goes through a CTA's windows, and enters every sequence on its way.
 struct WindowCursor {
     int head, batch, row, column;
     int left;
+    bool enters_sequence;
 
     template <class Plan>
     __device__ static WindowCursor first(const Plan& plan) {
@@ -109,20 +125,24 @@ struct WindowCursor {
             .batch = sequence % plan.batch,
             .row = window / plan.windows.columns,
             .column = window % plan.windows.columns,
-            .left = plan.shares.end(blockIdx.x) - begin,
+            .left = plan.shares.count(blockIdx.x),
+            .enters_sequence = true,
         };
     }
-    __device__ bool begins_sequence() const { return row == 0 && column == 0; }
     template <class Plan>
     __device__ void advance(const Plan& plan) {
         --left;
-        if (++column < plan.windows.columns) return;
-        column = 0;
-        if (++row < plan.rows) return;
-        row = 0;
-        if (++batch < plan.batch) return;
-        batch = 0;
-        ++head;
+        enters_sequence = false;
+        column += plan.shares.step;
+        while (column >= plan.windows.columns) {
+            column -= plan.windows.columns;
+            if (++row < plan.rows) continue;
+            row = 0;
+            enters_sequence = true;
+            if (++batch < plan.batch) continue;
+            batch = 0;
+            ++head;
+        }
     }
 };
 

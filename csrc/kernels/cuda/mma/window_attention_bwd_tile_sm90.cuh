@@ -134,7 +134,6 @@ struct TileGradSm90 {
         const Windows& w = plan.windows;
         const int chunks = plan.has_terms ? plan.chunks_height * plan.chunks_width : 0;
         RingCursor slot, landmark_slot;
-        bool is_first = true;
 #pragma unroll 1
         for (WindowCursor at = WindowCursor::first(plan); at.left > 0; at.advance(plan)) {
             const int y0 = at.row * w.queries.height, x0 = at.column * w.queries.width;
@@ -153,7 +152,7 @@ struct TileGradSm90 {
                     load_box(window.terms[i], maps.terms[i], full, 0, x, y, at.head, at.batch);
             }
             slot.advance(Traits::kSlots);
-            if (plan.has_landmarks && (is_first || at.begins_sequence())) {
+            if (plan.has_landmarks && at.enters_sequence) {
                 Landmarks& landmarks = shared.landmarks[landmark_slot.slot];
                 uint64_t* const landmarks_full = &shared.landmarks_full[landmark_slot.slot];
                 barrier_wait(&shared.landmarks_empty[landmark_slot.slot], landmark_slot.phase ^ 1);
@@ -162,7 +161,6 @@ struct TileGradSm90 {
                 load_box(landmarks.value, maps.landmark_value, landmarks_full, 0, 0, 0, at.head, at.batch);
                 landmark_slot.advance(Traits::kLandmarkSlots);
             }
-            is_first = false;
         }
     }
 
@@ -246,7 +244,8 @@ struct TileGradSm90 {
     // By the warpgroups, which take turns at the windows.
     __device__ void compute() const {
         const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroupSize, 0);
-        const int begin = plan.shares.begin(blockIdx.x), end = plan.shares.end(blockIdx.x);
+        const int begin = plan.shares.begin(blockIdx.x), step = plan.shares.step,
+                  last = begin + (plan.shares.count(blockIdx.x) - 1) * step;
         const int of_head = plan.shares.of_head, of_sequence = plan.windows.num_windows;
         ScoreTile grad_bias = {}; // summed over windows
         // Where the next head and the next sequence begin.
@@ -256,16 +255,16 @@ struct TileGradSm90 {
                     plan.shares.first_part(head + 1); // of the head's bias gradient
         RingCursor slot{.slot = warpgroup}, landmark_slot;
 #pragma unroll 1
-        for (int window = begin + warpgroup;; window += Traits::kWarpgroups) {
+        for (int window = begin + warpgroup * step;; window += Traits::kWarpgroups * step) {
             // All go to every head.
-            for (; next_head <= min(window, end - 1); next_head += of_head) {
+            for (; next_head <= min(window, last); next_head += of_head) {
                 if (next_head > begin) {
                     store_bias(head, piece, warpgroup, grad_bias);
                     piece = 0; // the first one, as a later head begins here
                 }
                 fill_bias(++head);
             }
-            if (window >= end) break;
+            if (window > last) break;
             // And wait for the landmarks of every sequence, as only the parity of phases tells them apart.
             for (; plan.has_landmarks && next_sequence <= window; next_sequence += of_sequence) {
                 if (next_sequence > begin) {

@@ -139,12 +139,10 @@ struct AttentionSm90 {
     __device__ void load_queries() const {
         const Windows& w = plan.windows;
         RingCursor query, key;
-        int sequence = 0;
-        bool is_first = true;
+        int sequence = -1;
 #pragma unroll 1
         for (WindowCursor at = begin; at.left > 0; at.advance(plan)) {
-            sequence += !is_first && at.begins_sequence();
-            is_first = false;
+            sequence += at.enters_sequence;
 #pragma unroll 1
             for (int tile = 0; tile < plan.tiles; ++tile) {
                 barrier_wait(&barriers.query_empty[query.slot], query.phase ^ 1);
@@ -181,15 +179,13 @@ struct AttentionSm90 {
     }
     __device__ void load_landmarks() const {
         RingCursor landmark;
-        bool is_first = true;
 #pragma unroll 1
         for (WindowCursor at = begin; at.left > 0; at.advance(plan)) {
-            if (is_first || at.begins_sequence()) {
+            if (at.enters_sequence) {
                 load_block(plan.key_slots + landmark.slot, landmark.phase, kBlockN, maps.landmark_key,
                            maps.landmark_value, 0, 0, at);
                 landmark.advance(plan.landmark_slots);
             }
-            is_first = false;
         }
     }
     __device__ void store() const {
@@ -371,8 +367,9 @@ struct AttentionSm90 {
             warpgroup_sync(warpgroup);
             put_output(softmax, unit, &barriers.output_full[query.slot]);
         }
-        go_to_sequence((begin.row * plan.windows.columns + begin.column + begin.left - 1) /
-                       plan.windows.num_windows);
+        go_to_sequence(
+            (begin.row * plan.windows.columns + begin.column + (begin.left - 1) * plan.shares.step) /
+            plan.windows.num_windows);
         if (plan.has_landmarks) // no copy may outlive the CTA
             barrier_wait(&barriers.block_full[plan.key_slots + landmark.slot], landmark.phase);
     }
