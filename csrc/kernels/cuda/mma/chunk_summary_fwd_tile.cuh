@@ -23,10 +23,13 @@ struct SummaryTileTraits {
     // Floats [8, 64], of chunks by channels or by slots: with group = lane / 4 and pair = 2 * (lane % 4), a
     // lane holds columns pair and pair + 1 of every eight in row `group`.
     using EightRows = float[kTiles][2];
-    using Factor = uint32_t[kSteps][4];          // such ones as left factors of products
-    using Weights = ProjectionWeights<kHeadDim>; // [2]: of the key's projection, of the query's
+    using Factor = uint32_t[kSteps][4]; // such ones as left factors of products
+    using Weights = ProjectionWeights<kHeadDim>;
     template <class S>
-    using Slots = S[3][kSlots * kHeadDim]; // of a warp: rows of queries, keys, values
+    struct Shared {
+        Weights weights[2];                                 // of the key's projection, of the query's
+        alignas(128) S slots[kWarps][3][kSlots * kHeadDim]; // rows of queries, keys, values
+    };
 };
 
 struct SummaryTilePlan {
@@ -36,7 +39,6 @@ struct SummaryTilePlan {
     int overlap_y, overlap_x;
     int grid_height, grid_width, num_prefix_tokens;
     int chunks_per_tile, tiles_per_batch, num_tiles;
-    int warps; // of a CTA, those with slots
 };
 
 template <class S>
@@ -119,19 +121,16 @@ __device__ inline void project(SummaryTileTraits::EightRows& x, const SummaryTil
 }
 
 template <class S>
-__global__ void __launch_bounds__(SummaryTileTraits::kThreads, 1)
-    chunk_summary_fwd_tile_kernel(const __grid_constant__ SummaryParams p,
-                                  const __grid_constant__ SummaryTilePlan plan) {
+__device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTilePlan& plan,
+                                       SummaryTileTraits::Shared<S>& shared) {
     using Traits = SummaryTileTraits;
     constexpr int kSlots = Traits::kSlots, kTiles = Traits::kTiles, kSteps = Traits::kSteps,
                   kOwned = Traits::kOwned;
     constexpr int kQuery = 0, kKey = 1, kValue = 2;
-    extern __shared__ __align__(1024) char memory[];
-    auto* const weights = reinterpret_cast<Traits::Weights*>(memory);
+    auto& weights = shared.weights;
     // By a shuffle, so that the compiler takes branches on it for ones that no lanes part at.
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0), lane = threadIdx.x % kWarpSize;
-    auto& slots = reinterpret_cast<Traits::Slots<S>*>(weights + 2)[warp];
-    const auto rows_of = [&](int which) { return Tile<S, Traits::kHeadDim>{slots[which]}; };
+    const auto rows_of = [&](int which) { return Tile<S, Traits::kHeadDim>{shared.slots[warp][which]}; };
     const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
     const bool has_mu = !p.has_projection || p.has_query_projection;
 
@@ -204,14 +203,14 @@ __global__ void __launch_bounds__(SummaryTileTraits::kThreads, 1)
     };
 
     wait_for_dependencies();
-    const int step = gridDim.x * plan.warps;
-    int tile = warp < plan.warps ? blockIdx.x + gridDim.x * warp : plan.num_tiles;
+    const int step = gridDim.x * Traits::kWarps;
+    int tile = blockIdx.x + gridDim.x * warp;
     Chunks next = find(tile);
     copy(kQuery, p.query, next, has_mu && tile < plan.num_tiles);
     copy(kKey, p.key, next, tile < plan.num_tiles);
     copy(kValue, p.value, next, tile < plan.num_tiles);
-    if (p.has_projection) weights[0].load<S, Traits::kThreads>(p.key_projection, head_dim);
-    if (p.has_query_projection) weights[1].load<S, Traits::kThreads>(p.query_projection, head_dim);
+    if (p.has_projection) weights[0].template load<S, Traits::kThreads>(p.key_projection, head_dim);
+    if (p.has_query_projection) weights[1].template load<S, Traits::kThreads>(p.query_projection, head_dim);
     __syncthreads();
 
     // Slots are bits where `Chunks::valid` has them; shifted by `first_bit`, those of the columns pair and
@@ -392,7 +391,24 @@ __global__ void __launch_bounds__(SummaryTileTraits::kThreads, 1)
     }
 }
 
-// False where the chunks are not small, or have kernels of their own because they are very small.
+// Compiled for GPUs that give a block enough shared memory, as the launch bounds tell.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ / 100 == 9 || __CUDA_ARCH__ / 100 == 10)
+constexpr bool kHasSummaryTiles = true;
+#else
+constexpr bool kHasSummaryTiles = false;
+#endif
+template <class S>
+__global__ void __launch_bounds__(kHasSummaryTiles ? SummaryTileTraits::kThreads : kWarpSize, 1)
+    chunk_summary_fwd_tile_kernel(const __grid_constant__ SummaryParams p,
+                                  const __grid_constant__ SummaryTilePlan plan) {
+    if constexpr (kHasSummaryTiles) {
+        extern __shared__ __align__(1024) char memory[];
+        summarise_tiles<S>(p, plan, *reinterpret_cast<SummaryTileTraits::Shared<S>*>(memory));
+    }
+}
+
+// False where the chunks are not small, or have a kernel of their own because they are very small, or this
+// one was not compiled for the device.
 template <class S>
 bool launch_chunk_summary_fwd_tile(const SummaryParams& p, cudaStream_t stream) {
     using Traits = SummaryTileTraits;
@@ -409,11 +425,10 @@ bool launch_chunk_summary_fwd_tile(const SummaryParams& p, cudaStream_t stream) 
         return false;
 
     const auto kernel = chunk_summary_fwd_tile_kernel<S>;
+    constexpr int kBytes = sizeof(Traits::Shared<S>);
     static LimitsOf limits_of;
-    constexpr int kWeightBytes = 2 * sizeof(Traits::Weights);
-    constexpr int kBytesPerWarp = sizeof(Traits::Slots<S>);
-    const int warps =
-        std::min((limits_of(kernel).shared_bytes - kWeightBytes) / kBytesPerWarp, Traits::kWarps);
+    const KernelLimits& limits = limits_of(kernel);
+    if (limits.threads < Traits::kThreads || limits.shared_bytes < kBytes) return false;
     const int chunks_per_tile = std::min(Traits::kSlots / members.size(), Traits::kMaxChunks);
     const int64_t tiles_per_batch = detail::ceil_div(g.num_chunks() * p.shape.heads, chunks_per_tile);
     const SummaryTilePlan plan{
@@ -431,11 +446,10 @@ bool launch_chunk_summary_fwd_tile(const SummaryParams& p, cudaStream_t stream) 
         .chunks_per_tile = chunks_per_tile,
         .tiles_per_batch = static_cast<int>(tiles_per_batch),
         .num_tiles = static_cast<int>(tiles_per_batch * p.shape.batch),
-        .warps = warps,
     };
     if (plan.num_tiles == 0) return true;
-    launch_dependent(kernel, std::min(plan.num_tiles, multiprocessors()), Traits::kThreads,
-                     kWeightBytes + warps * kBytesPerWarp, stream, p, plan);
+    launch_dependent(kernel, std::min(plan.num_tiles, multiprocessors()), Traits::kThreads, kBytes, stream, p,
+                     plan);
     return true;
 }
 

@@ -590,8 +590,9 @@ bool launch_window_attention_fwd_sm90(const AttentionParams& p, cudaStream_t str
     if (p.dropout.threshold > 0 || p.key_padding_mask || p.landmark_bias || p.extents ||
         g.num_prefix_tokens > 0 || g.windows_overlap() || p.num_landmarks > kBlockN)
         return false;
-    if (std::max<int64_t>(w.queries.size(), p.num_landmarks) <= 56) // as of 7 x 7
-        return launch_window_attention_fwd_sm90<S, kHeadDim, 56, true>(p, w, stream);
+    if constexpr (kHeadDim == 64)
+        if (std::max<int64_t>(w.queries.size(), p.num_landmarks) <= 56) // as of 7 x 7
+            return launch_window_attention_fwd_sm90<S, kHeadDim, 56, true>(p, w, stream);
     if (w.queries.size() <= kBlockM)
         return launch_window_attention_fwd_sm90<S, kHeadDim, kBlockN, true>(p, w, stream);
     const bool has_whole_tiles = w.queries.height == 1 && w.queries.width % kBlockM == 0 &&
