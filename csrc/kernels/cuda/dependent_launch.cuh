@@ -5,12 +5,28 @@
 
 namespace eva_attn::cuda {
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kHasDependentLaunch = true;
+#else
+constexpr bool kHasDependentLaunch = false;
+#endif
+
 // By every thread of such a kernel, before it touches global memory: until the kernels before it are done and
 // what they wrote is there.
 __device__ inline void wait_for_dependencies() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;\n" ::: "memory");
-#endif
+    if constexpr (kHasDependentLaunch) asm volatile("griddepcontrol.wait;\n" ::: "memory");
+}
+
+// Its launch bounds tell whether kernels were compiled to wait for the current device.
+template <int>
+__global__ void __launch_bounds__(kHasDependentLaunch ? 64 : 32) dependent_launch_kernel() {}
+inline bool has_dependent_launch() {
+    static PerDevice<bool> known;
+    return known.get([](int) {
+        cudaFuncAttributes attributes{};
+        return cudaFuncGetAttributes(&attributes, dependent_launch_kernel<0>) == cudaSuccess &&
+               attributes.maxThreadsPerBlock == 64;
+    });
 }
 
 // The kernel comes up as soon as all blocks of the one before it have ended, and has to wait for its results.
@@ -26,7 +42,7 @@ void launch_dependent(void (*kernel)(Parameters...), int64_t blocks, int threads
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = &attribute;
-    config.numAttrs = device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9 ? 1 : 0;
+    config.numAttrs = has_dependent_launch() ? 1 : 0;
     cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
