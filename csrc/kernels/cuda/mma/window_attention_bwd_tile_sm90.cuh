@@ -527,16 +527,6 @@ struct TileGradSm90 {
     }
 };
 
-// Until the barriers are initialised; who did that goes on.
-template <int kThreads>
-__device__ inline void barriers_sync() {
-    asm volatile("bar.sync 9, %0;\n" ::"n"(kThreads) : "memory");
-}
-template <int kThreads>
-__device__ inline void barriers_arrive() {
-    asm volatile("bar.arrive 9, %0;\n" ::"n"(kThreads) : "memory");
-}
-
 // Compiled for Hopper alone, as the launch bounds tell.
 template <class Traits>
 __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize, 1)
@@ -548,25 +538,17 @@ __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize,
         const TileGradSm90<Traits> gradients{p, plan, maps,
                                              *reinterpret_cast<typename Traits::Shared*>(tile_grad_memory)};
         const int role = threadIdx.x / kWarpSize - Traits::kConsumers / kWarpSize;
+        const bool is_first = threadIdx.x % kWarpSize == 0;
+        if (role < 0) gradients.clear_padding();
+        if (role == 0 && is_first) gradients.init_barriers();
+        __syncthreads();
+        wait_for_dependencies();
         if (role < 0) {
-            gradients.clear_padding();
-            barriers_sync<Traits::kThreads>();
-            wait_for_dependencies();
             warpgroup_take_registers<Traits::kConsumerRegisters>();
             gradients.compute();
         } else {
             warpgroup_give_registers<Traits::kServiceRegisters>();
-            const bool is_first = threadIdx.x % kWarpSize == 0;
-            if (role == 0) {
-                if (is_first) gradients.init_barriers();
-                __syncwarp();
-                barriers_arrive<Traits::kThreads>();
-                wait_for_dependencies();
-                if (is_first) gradients.load(); // while the others still clear
-                return;
-            }
-            barriers_sync<Traits::kThreads>();
-            wait_for_dependencies();
+            if (role == 0 && is_first) gradients.load();
             if (role == 1 && is_first) gradients.store();
             if (role >= 2) gradients.load_numbers(role - 2);
             if (role == 3) gradients.clear_bias_pieces();
