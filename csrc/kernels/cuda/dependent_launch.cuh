@@ -21,12 +21,8 @@ __device__ inline void wait_for_dependencies() {
 template <int>
 __global__ void __launch_bounds__(kHasDependentLaunch ? 64 : 32) dependent_launch_kernel() {}
 inline bool has_dependent_launch() {
-    static PerDevice<bool> known;
-    return known.get([](int) {
-        cudaFuncAttributes attributes{};
-        return cudaFuncGetAttributes(&attributes, dependent_launch_kernel<0>) == cudaSuccess &&
-               attributes.maxThreadsPerBlock == 64;
-    });
+    static LimitsOf limits_of;
+    return limits_of(dependent_launch_kernel<0>).threads == 64;
 }
 
 // The kernel comes up as soon as all blocks of the one before it have ended, and has to wait for its results.

@@ -161,6 +161,12 @@ __device__ inline void add_key_terms(float (&grad_key)[kTiles][4], float (&grad_
         }
 }
 
+// The first tile from `first` on that is a piece's, where pieces take tiles in turn, so that blocks read side
+// by side.
+__device__ inline int first_in_turn(int piece, int pieces, int first) {
+    return piece + max(0, (first - piece + pieces - 1) / pieces) * pieces;
+}
+
 // product += a b^T of the rows [row, row + kRows) of both: row i's own product is on the diagonal.
 template <int kRows, class S, int kHeadDim>
 __device__ inline void multiply_rows(float (&product)[kRows / 8][4], Tile<S, kHeadDim> a, Tile<S, kHeadDim> b,

@@ -25,26 +25,27 @@ struct SummaryFwdTraits {
     using Mean = Tile<__nv_bfloat16, kHeadDim>;
 };
 
-struct SummaryFwdPlan {
+// Where the members of chunks lie.
+struct ChunkBoxes {
     BoxShape members;
-    int chunk_height, chunk_width, columns, num_chunks;
+    int chunk_height, chunk_width, columns, count;
     int overlap_y, overlap_x;
     int grid_height, grid_width, num_prefix_tokens;
-    int parts_log2, members_per_part;
-    int kept;          // members of a part whose keys stay in shared memory
-    int partials_log2; // of a row
-    int num_rows;      // batch * chunks * heads
-    int rows_per_cta;
 
-    // Row numbers have the heads fastest, as they lie side by side in memory.
-    struct Row {
-        int batch, head, chunk;
-    };
-    __device__ Row row(int index, int heads) const {
-        const unsigned row = index, h = heads, c = num_chunks, rest = row / h;
-        return Row{.batch = static_cast<int>(rest / c),
-                   .head = static_cast<int>(row - rest * h),
-                   .chunk = static_cast<int>(rest % c)};
+    static ChunkBoxes of(const Geometry& g) {
+        return ChunkBoxes{
+            .members =
+                BoxShape::of(g.chunk_height + 2 * g.chunk_overlap_y, g.chunk_width + 2 * g.chunk_overlap_x),
+            .chunk_height = static_cast<int>(g.chunk_height),
+            .chunk_width = static_cast<int>(g.chunk_width),
+            .columns = static_cast<int>(g.chunk_columns()),
+            .count = static_cast<int>(g.num_chunks()),
+            .overlap_y = static_cast<int>(g.chunk_overlap_y),
+            .overlap_x = static_cast<int>(g.chunk_overlap_x),
+            .grid_height = static_cast<int>(g.grid_height),
+            .grid_width = static_cast<int>(g.grid_width),
+            .num_prefix_tokens = static_cast<int>(g.num_prefix_tokens),
+        };
     }
     __device__ TokenBox box(int chunk) const {
         const int y = static_cast<unsigned>(chunk) / static_cast<unsigned>(columns);
@@ -56,6 +57,26 @@ struct SummaryFwdPlan {
             .grid_width = grid_width,
             .num_prefix_tokens = num_prefix_tokens,
         };
+    }
+};
+
+struct SummaryFwdPlan {
+    ChunkBoxes chunks;
+    int parts_log2, members_per_part;
+    int kept;          // members of a part whose keys stay in shared memory
+    int partials_log2; // of a row
+    int num_rows;      // batch * chunks * heads
+    int rows_per_cta;
+
+    // Row numbers have the heads fastest, as they lie side by side in memory.
+    struct Row {
+        int batch, head, chunk;
+    };
+    __device__ Row row(int index, int heads) const {
+        const unsigned row = index, h = heads, c = chunks.count, rest = row / h;
+        return Row{.batch = static_cast<int>(rest / c),
+                   .head = static_cast<int>(row - rest * h),
+                   .chunk = static_cast<int>(rest % c)};
     }
 };
 
@@ -193,20 +214,22 @@ __global__ void __launch_bounds__(SummaryFwdTraits<kHeadDim>::kThreads,
     // This group's members of its chunk.
     const int row = group >> plan.parts_log2, part = group & (parts - 1);
     const auto at = plan.row(min(first_row + row, plan.num_rows - 1), heads);
-    const TokenBox box = plan.box(at.chunk);
+    const TokenBox box = plan.chunks.box(at.chunk);
     const bool* mask =
         p.key_padding_mask ? p.key_padding_mask + at.batch * p.shape.geometry.num_tokens() : nullptr;
-    const int members = row < rows ? plan.members.size() : 0, first_token = box.first_token();
+    const int members = row < rows ? plan.chunks.members.size() : 0, first_token = box.first_token();
     // The tokens of this group's members `first` onward, negative where there are none.
     const auto find_tokens = [&](int (&token)[kUnroll], int first) {
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
             const int member = part + ((first + u) << plan.parts_log2);
-            const int y = divide(member, plan.members.width_reciprocal), x = member - y * plan.members.width;
-            const bool valid = member < members &&
-                               static_cast<unsigned>(box.y0 + y) < static_cast<unsigned>(plan.grid_height) &&
-                               static_cast<unsigned>(box.x0 + x) < static_cast<unsigned>(plan.grid_width);
-            token[u] = valid ? first_token + y * plan.grid_width + x : -1;
+            const int y = divide(member, plan.chunks.members.width_reciprocal),
+                      x = member - y * plan.chunks.members.width;
+            const bool valid =
+                member < members &&
+                static_cast<unsigned>(box.y0 + y) < static_cast<unsigned>(plan.chunks.grid_height) &&
+                static_cast<unsigned>(box.x0 + x) < static_cast<unsigned>(plan.chunks.grid_width);
+            token[u] = valid ? first_token + y * plan.chunks.grid_width + x : -1;
         }
         if (!mask) return;
 #pragma unroll
@@ -276,7 +299,7 @@ __global__ void __launch_bounds__(SummaryFwdTraits<kHeadDim>::kThreads,
     const bool has_row = group < rows;
     const auto own = plan.row(first_row + min(group, rows - 1), heads);
     const int64_t own_row =
-        (static_cast<int64_t>(own.batch) * heads + own.head) * plan.num_chunks + own.chunk;
+        (static_cast<int64_t>(own.batch) * heads + own.head) * plan.chunks.count + own.chunk;
     const int own_partial = min(group, rows - 1) << plan.partials_log2;
     if (has_row) {
         Float8 mean[2] = {};
@@ -487,15 +510,17 @@ __global__ void __launch_bounds__(FewMembersTraits::kThreads, FewMembersTraits::
     for (int first = blockIdx.x * Traits::kRows; first < plan.num_rows; first += gridDim.x * Traits::kRows) {
         const bool exists = first + group < plan.num_rows;
         const auto at = plan.row(min(first + group, plan.num_rows - 1), heads);
-        const TokenBox box = plan.box(at.chunk);
+        const TokenBox box = plan.chunks.box(at.chunk);
         int token[kMembers], count = 0;
 #pragma unroll
         for (int u = 0; u < kMembers; ++u) {
-            const int y = divide(u, plan.members.width_reciprocal), x = u - y * plan.members.width;
-            const bool valid = exists & (u < plan.members.size()) &
-                               (static_cast<unsigned>(box.y0 + y) < static_cast<unsigned>(plan.grid_height)) &
-                               (static_cast<unsigned>(box.x0 + x) < static_cast<unsigned>(plan.grid_width));
-            token[u] = valid ? box.first_token() + y * plan.grid_width + x : -1;
+            const int y = divide(u, plan.chunks.members.width_reciprocal),
+                      x = u - y * plan.chunks.members.width;
+            const bool valid =
+                exists & (u < plan.chunks.members.size()) &
+                (static_cast<unsigned>(box.y0 + y) < static_cast<unsigned>(plan.chunks.grid_height)) &
+                (static_cast<unsigned>(box.x0 + x) < static_cast<unsigned>(plan.chunks.grid_width));
+            token[u] = valid ? box.first_token() + y * plan.chunks.grid_width + x : -1;
         }
         if (p.key_padding_mask) {
             const bool* const mask = p.key_padding_mask + at.batch * p.shape.geometry.num_tokens();
@@ -528,7 +553,7 @@ __global__ void __launch_bounds__(FewMembersTraits::kThreads, FewMembersTraits::
         }
         load(value, p.value);
         const int64_t to =
-            ((static_cast<int64_t>(at.batch) * heads + at.head) * plan.num_chunks + at.chunk) * head_dim +
+            ((static_cast<int64_t>(at.batch) * heads + at.head) * plan.chunks.count + at.chunk) * head_dim +
             column;
         const float factor = 1.0f / static_cast<float>(p.mean_divisor ? p.mean_divisor : max(count, 1));
 #pragma unroll
@@ -622,17 +647,7 @@ void launch_chunk_summary_fwd(const SummaryParams& p, cudaStream_t stream) {
     using Traits = SummaryFwdTraits<kHeadDim>;
     const Geometry& g = p.shape.geometry;
     SummaryFwdPlan plan{
-        .members =
-            BoxShape::of(g.chunk_height + 2 * g.chunk_overlap_y, g.chunk_width + 2 * g.chunk_overlap_x),
-        .chunk_height = static_cast<int>(g.chunk_height),
-        .chunk_width = static_cast<int>(g.chunk_width),
-        .columns = static_cast<int>(g.chunk_columns()),
-        .num_chunks = static_cast<int>(g.num_chunks()),
-        .overlap_y = static_cast<int>(g.chunk_overlap_y),
-        .overlap_x = static_cast<int>(g.chunk_overlap_x),
-        .grid_height = static_cast<int>(g.grid_height),
-        .grid_width = static_cast<int>(g.grid_width),
-        .num_prefix_tokens = static_cast<int>(g.num_prefix_tokens),
+        .chunks = ChunkBoxes::of(g),
         .parts_log2 = 0,
         .members_per_part = 0,
         .kept = 0,
@@ -641,7 +656,7 @@ void launch_chunk_summary_fwd(const SummaryParams& p, cudaStream_t stream) {
         .rows_per_cta = 0,
     };
     if (plan.num_rows == 0) return;
-    if (kHeadDim == FewMembersTraits::kHeadDim && plan.members.size() <= FewMembersTraits::kMembers) {
+    if (kHeadDim == FewMembersTraits::kHeadDim && plan.chunks.members.size() <= FewMembersTraits::kMembers) {
         using Few = FewMembersTraits;
         const auto kernel = chunk_summary_fwd_few_kernel<S>;
         static LimitsOf limits_of;
@@ -652,7 +667,7 @@ void launch_chunk_summary_fwd(const SummaryParams& p, cudaStream_t stream) {
         return;
     }
     const auto members_per_part = [&] {
-        const int64_t members = detail::ceil_div(plan.members.size(), int64_t{1} << plan.parts_log2);
+        const int64_t members = detail::ceil_div(plan.chunks.members.size(), int64_t{1} << plan.parts_log2);
         return static_cast<int>(detail::ceil_div(members, Traits::kUnroll) * Traits::kUnroll);
     };
     while (members_per_part() > Traits::kMembersPerPart && (2 << plan.parts_log2) <= Traits::kGroups)

@@ -9,7 +9,7 @@
 
 #include <algorithm>
 
-#include "kernels/cuda/mma/projection.cuh"
+#include "kernels/cuda/mma/chunk_summary_fwd.cuh"
 
 namespace eva_attn::cuda::mma {
 
@@ -33,11 +33,8 @@ struct SummaryTileTraits {
 };
 
 struct SummaryTilePlan {
-    BoxShape members;
+    ChunkBoxes chunks;
     uint32_t size_reciprocal; // of the members
-    int chunk_height, chunk_width, columns, num_chunks;
-    int overlap_y, overlap_x;
-    int grid_height, grid_width, num_prefix_tokens;
     int chunks_per_tile, tiles_per_batch, num_tiles;
 };
 
@@ -45,10 +42,9 @@ template <class S>
 __device__ inline void split(SummaryTileTraits::Factor& a, const SummaryTileTraits::EightRows& x) {
 #pragma unroll
     for (int n = 0; n < SummaryTileTraits::kTiles; ++n) {
-        const uint32_t high = pack<S>(x[n][0], x[n][1]);
-        const float2 rounded = unpack<S>(high);
-        a[n / 2][n % 2 * 2] = high;
-        a[n / 2][n % 2 * 2 + 1] = pack<S>(x[n][0] - rounded.x, x[n][1] - rounded.y);
+        const SplitPair pair = split<S>(x[n][0], x[n][1]);
+        a[n / 2][n % 2 * 2] = pair.high;
+        a[n / 2][n % 2 * 2 + 1] = pair.low;
     }
 }
 __device__ inline float add_halves(const float (&product)[4], int i) { return product[i] + product[i + 2]; }
@@ -141,10 +137,11 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
 #pragma unroll
     for (int i = 0; i < kOwned; ++i) {
         const int slot = i * kWarpSize + unit * Traits::kRowsPerCopy + lane / Traits::kLanes;
-        const int chunk = divide(slot, plan.size_reciprocal), member = slot - chunk * plan.members.size();
+        const int chunk = divide(slot, plan.size_reciprocal),
+                  member = slot - chunk * plan.chunks.members.size();
         slot_chunk[i] = chunk;
-        slot_y[i] = divide(member, plan.members.width_reciprocal);
-        slot_x[i] = member - slot_y[i] * plan.members.width;
+        slot_y[i] = divide(member, plan.chunks.members.width_reciprocal);
+        slot_x[i] = member - slot_y[i] * plan.chunks.members.width;
     }
     struct Chunks {
         int batch;
@@ -157,20 +154,18 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
         found.batch = static_cast<unsigned>(tile) / static_cast<unsigned>(plan.tiles_per_batch);
         const int index = (tile - found.batch * plan.tiles_per_batch) * plan.chunks_per_tile + lane;
         const int chunk = static_cast<unsigned>(index) / static_cast<unsigned>(heads);
-        const int row = static_cast<unsigned>(chunk) / static_cast<unsigned>(plan.columns);
-        const bool exists = tile < plan.num_tiles && lane < plan.chunks_per_tile && chunk < plan.num_chunks;
+        const bool exists = tile < plan.num_tiles && lane < plan.chunks_per_tile && chunk < plan.chunks.count;
         const int own_head = exists ? index - chunk * heads : -1;
-        const int own_y = row * plan.chunk_height - plan.overlap_y;
-        const int own_x = (chunk - row * plan.columns) * plan.chunk_width - plan.overlap_x;
-        found.row = exists ? (found.batch * heads + own_head) * plan.num_chunks + chunk : -1;
+        const TokenBox box = plan.chunks.box(chunk);
+        found.row = exists ? (found.batch * heads + own_head) * plan.chunks.count + chunk : -1;
 #pragma unroll
         for (int i = 0; i < kOwned; ++i) {
             const int head = __shfl_sync(0xffffffffu, own_head, slot_chunk[i]);
-            const int y = __shfl_sync(0xffffffffu, own_y, slot_chunk[i]) + slot_y[i];
-            const int x = __shfl_sync(0xffffffffu, own_x, slot_chunk[i]) + slot_x[i];
-            const int token = plan.num_prefix_tokens + y * plan.grid_width + x;
-            bool valid = head >= 0 && static_cast<unsigned>(y) < static_cast<unsigned>(plan.grid_height) &&
-                         static_cast<unsigned>(x) < static_cast<unsigned>(plan.grid_width);
+            const int y = __shfl_sync(0xffffffffu, box.y0, slot_chunk[i]) + slot_y[i];
+            const int x = __shfl_sync(0xffffffffu, box.x0, slot_chunk[i]) + slot_x[i];
+            const int token = box.num_prefix_tokens + y * box.grid_width + x;
+            bool valid = head >= 0 && static_cast<unsigned>(y) < static_cast<unsigned>(box.grid_height) &&
+                         static_cast<unsigned>(x) < static_cast<unsigned>(box.grid_width);
             if (p.key_padding_mask && valid)
                 valid = !p.key_padding_mask[found.batch * p.shape.geometry.num_tokens() + token];
             found.valid[i] = __ballot_sync(0xffffffffu, valid);
@@ -413,15 +408,15 @@ template <class S>
 bool launch_chunk_summary_fwd_tile(const SummaryParams& p, cudaStream_t stream) {
     using Traits = SummaryTileTraits;
     const Geometry& g = p.shape.geometry;
-    const auto members =
-        BoxShape::of(g.chunk_height + 2 * g.chunk_overlap_y, g.chunk_width + 2 * g.chunk_overlap_x);
+    const ChunkBoxes chunks = ChunkBoxes::of(g);
+    const int members = chunks.members.size();
     // The 16-byte units of a batch are numbered by int.
     const auto countable = [&](const Rows& rows) {
         return (p.shape.heads - 1) * rows.head_stride + (g.num_tokens() - 1) * rows.token_stride <=
                int64_t{8} * INT_MAX;
     };
-    if (p.shape.head_dim > Traits::kHeadDim || members.size() <= kFewMembers ||
-        members.size() > Traits::kSlots || !countable(p.query) || !countable(p.key) || !countable(p.value))
+    if (p.shape.head_dim > Traits::kHeadDim || members <= kFewMembers || members > Traits::kSlots ||
+        !countable(p.query) || !countable(p.key) || !countable(p.value))
         return false;
 
     const auto kernel = chunk_summary_fwd_tile_kernel<S>;
@@ -429,20 +424,11 @@ bool launch_chunk_summary_fwd_tile(const SummaryParams& p, cudaStream_t stream) 
     static LimitsOf limits_of;
     const KernelLimits& limits = limits_of(kernel);
     if (limits.threads < Traits::kThreads || limits.shared_bytes < kBytes) return false;
-    const int chunks_per_tile = std::min(Traits::kSlots / members.size(), Traits::kMaxChunks);
+    const int chunks_per_tile = std::min(Traits::kSlots / members, Traits::kMaxChunks);
     const int64_t tiles_per_batch = detail::ceil_div(g.num_chunks() * p.shape.heads, chunks_per_tile);
     const SummaryTilePlan plan{
-        .members = members,
-        .size_reciprocal = reciprocal(members.size()),
-        .chunk_height = static_cast<int>(g.chunk_height),
-        .chunk_width = static_cast<int>(g.chunk_width),
-        .columns = static_cast<int>(g.chunk_columns()),
-        .num_chunks = static_cast<int>(g.num_chunks()),
-        .overlap_y = static_cast<int>(g.chunk_overlap_y),
-        .overlap_x = static_cast<int>(g.chunk_overlap_x),
-        .grid_height = static_cast<int>(g.grid_height),
-        .grid_width = static_cast<int>(g.grid_width),
-        .num_prefix_tokens = static_cast<int>(g.num_prefix_tokens),
+        .chunks = chunks,
+        .size_reciprocal = reciprocal(members),
         .chunks_per_tile = chunks_per_tile,
         .tiles_per_batch = static_cast<int>(tiles_per_batch),
         .num_tiles = static_cast<int>(tiles_per_batch * p.shape.batch),

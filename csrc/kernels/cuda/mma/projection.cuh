@@ -6,14 +6,15 @@
 
 namespace eva_attn::cuda::mma {
 
-// Two floats as sums of two bfloat16.
+// Two floats as sums of two 16-bit numbers.
 struct SplitPair {
     uint32_t high, low;
 };
+template <class S = __nv_bfloat16>
 __device__ inline SplitPair split(float x, float y) {
-    const uint32_t high = pack<__nv_bfloat16>(x, y);
-    const float2 rounded = unpack<__nv_bfloat16>(high);
-    return SplitPair{high, pack<__nv_bfloat16>(x - rounded.x, y - rounded.y)};
+    const uint32_t high = pack<S>(x, y);
+    const float2 rounded = unpack<S>(high);
+    return SplitPair{high, pack<S>(x - rounded.x, y - rounded.y)};
 }
 
 template <class S>

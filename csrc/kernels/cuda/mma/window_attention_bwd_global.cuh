@@ -62,13 +62,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const int64_t bh = int64_t{batch} * heads + head;
 
     const int tiles = (tokens + kBlockQ - 1) / kBlockQ;
-    const int step = static_cast<int>(p.pieces); // pieces take turns, so that blocks read side by side
+    const int step = static_cast<int>(p.pieces);
     int tile = piece;
     const int first_column = column_block * kBlockC;
     const int chunk_width = static_cast<int>(g.chunk_width);
     if (g.is_causal) { // a chunk is visible from its end on
         const int first_tile = (first_column + 1) * chunk_width / kBlockQ;
-        if (column_block > 0) tile += max(0, (first_tile - piece + step - 1) / step) * step;
+        if (column_block > 0) tile = first_in_turn(piece, step, first_tile);
     }
 
     const S* const query = head_rows<S>(p.query, batch, head);

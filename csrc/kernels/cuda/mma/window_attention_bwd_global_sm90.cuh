@@ -70,12 +70,12 @@ __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize,
         const int64_t bh = int64_t{batch} * heads + head;
 
         const int tiles = (tokens + kTileRows - 1) / kTileRows;
-        const int step = static_cast<int>(p.pieces); // pieces take turns, so that blocks read side by side
+        const int step = static_cast<int>(p.pieces);
         int tile = piece;
         const int first_column = column_block * kTileRows;
         const int chunk_width = static_cast<int>(g.chunk_width);
         if (g.is_causal && column_block > 0) // a chunk is visible from its end on
-            tile += max(0, ((first_column + 1) * chunk_width / kTileRows - piece + step - 1) / step) * step;
+            tile = first_in_turn(piece, step, (first_column + 1) * chunk_width / kTileRows);
 
         const auto load_rows = [&](RowTile& to, const CUtensorMap& map, int row, uint64_t* full) {
 #pragma unroll
