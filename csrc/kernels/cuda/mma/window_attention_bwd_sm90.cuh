@@ -605,7 +605,7 @@ bool launch_window_attention_bwd_sm90(const AttentionParams& p, cudaStream_t str
         .windows = w,
         .batch = static_cast<int>(p.shape.batch),
         .rows = 1,
-        .shares = WindowShares::of(p.shape, w.num_windows),
+        .shares = WindowShares::of(p.shape, 1, w.num_windows),
         .num_chunks = static_cast<int>(g.num_chunks()),
         .chunk_width = static_cast<int>(g.chunk_width),
         .term_rows = static_cast<int>(term_rows),
