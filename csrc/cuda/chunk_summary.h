@@ -24,6 +24,8 @@ class Summary {
     at::TensorOptions options() const { return at::dtype(accumulation_).device(device_); } // of sums
     // Room for means that are not kept, for kernels that need them.
     void allocate_means();
+    // For means or omega that were not kept; landmarks are left nowhere.
+    void forward_again(SummaryParams params, cudaStream_t stream) const;
 
     DType dtype_;
     at::ScalarType row_dtype_; // of queries, keys and values
