@@ -96,10 +96,7 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
         token_grad_ = empty({heads, geometry.num_tokens()});
     }
     Tensor grad_projections, projection_rows, omega_rows;
-    if (backward.on_tensor_cores) { // two rows of 16 bits take the place of one of floats
-        const bool key_only = params_.has_projection && !params_.has_query_projection;
-        omega_rows = key_only ? empty(per_chunk) : grad_means;
-    }
+    if (backward.on_tensor_cores) omega_rows = room.empty(per_chunk, options);
     if (params_.has_projection) {
         params_.projection_pieces = backward.projection_pieces(dtype_, params_);
         const int64_t sizes[] = {params_.projection_pieces, 2, shape.head_dim + 3, shape.head_dim};

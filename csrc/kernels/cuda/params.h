@@ -65,7 +65,7 @@ struct SummaryParams {
     bool rounded_mean = false;        // of mma for few members: query_mean is in S, and there is no key_mean
     void* landmark_entropy = nullptr; // T [B, H, C], of tangents, forward only
     // backward, in: landmark gradients as `pieces` summands, added in order; mma may leave the sum in the
-    // first, and then the gradient of mu's terms in that of values
+    // first
     void* grad_landmark_key = nullptr;           // T [B H, pieces, global columns, D], landmarks first
     void* grad_landmark_value = nullptr;         // T [B H, pieces, global columns, D]
     const void* grad_landmark_entropy = nullptr; // T [B H, pieces, C], of tangents
@@ -89,8 +89,7 @@ struct SummaryParams {
     // backward, scratch of simt, for the key's and the query's projection: gradient of the Linear's output,
     // the LayerNorm's normalised input, gradient of A's output
     void* projection_rows = nullptr; // T [2, 3, B H C, D]
-    // ... and of mma, where it takes three kernels: omega; grad_key_mean and grad_query_mean may overlie it,
-    // except beside "key-only"
+    // ... and of mma, where it takes three kernels: omega, then the gradient of mu's terms
     void* omega_rows = nullptr; // T [B H C, D]
 };
 

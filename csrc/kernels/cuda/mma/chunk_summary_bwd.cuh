@@ -283,8 +283,7 @@ struct ChunkTokensTraits {
     };
 };
 
-// token_weight, token_grad, chunk_stats, omega and grad_beta; in the landmark value gradients' first piece
-// the gradient of mu's two terms.
+// token_weight, token_grad, chunk_stats, omega and grad_beta; in omega_rows the gradient of mu's two terms.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     chunk_tokens_bwd_kernel(const __grid_constant__ SummaryParams p,
@@ -328,12 +327,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         reinterpret_cast<const char*>(head_rows<S>(p.value, batch, head) + (in_row ? column : 0));
     const int key_stride = static_cast<int>(p.key.token_stride * sizeof(S));
     const int value_stride = static_cast<int>(p.value.token_stride * sizeof(S));
-    float* const landmark_grad = static_cast<float*>(p.grad_landmark_value) +
-                                 landmark_row(p, plan, active ? index : 0) * head_dim + column;
+    float* const omega_row = static_cast<float*>(p.omega_rows) + row;
     Float8 omega{}, grad_beta{};
     if (in_row) {
-        omega = load8(static_cast<const float*>(p.omega_rows) + row);
-        grad_beta = load8(landmark_grad);
+        omega = load8(omega_row);
+        grad_beta = load8(static_cast<const float*>(p.grad_landmark_value) +
+                          landmark_row(p, plan, index) * head_dim + column);
     }
 
     // kUnits passes make a batch: each lane keeps the logit and g of one of its group's tokens; if there is
@@ -440,7 +439,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const float factor = has_mu ? scale * static_cast<float>(p.mu_scale) * inverse : 0.0f;
 #pragma unroll
     for (int d = 0; d < 8; ++d) grad_mu.x[d] = factor * (softmax.sum_gk.x[d] - mean_g * softmax.sum_k.x[d]);
-    store8(landmark_grad, grad_mu);
+    store8(omega_row, grad_mu);
     if (!has_mu) store_row(p.grad_query_mean, grad_mu);
     if (unit != 0) return;
     float* const stats = static_cast<float*>(p.chunk_stats) + 2 * int64_t{index};
@@ -478,8 +477,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             const bool exists = own + 16 * i < count && inside;
             const int64_t at = int64_t{first + own + 16 * i} * head_dim + column;
             const auto* mean = static_cast<const float*>(branch ? p.query_mean : p.key_mean) + at;
-            const auto* grad_mu = static_cast<const float*>(p.grad_landmark_value) +
-                                  landmark_row(p, plan, first + own + 16 * i) * head_dim + column;
+            const auto* grad_mu = static_cast<const float*>(p.omega_rows) + at;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 copy_async(&shared.stage[i][0][half][threadIdx.x], mean + 4 * half, exists);
