@@ -81,13 +81,27 @@ __device__ inline int64_t landmark_row(const SummaryParams& p, const SummaryGrad
     const int64_t between = p.pieces * p.global_columns - plan.chunks; // two heads
     return between == 0 ? chunk : chunk + chunk / plan.chunks * between;
 }
-// Eight columns of such a row, of which the pieces are added up.
-__device__ inline Float8 load_pieces(const float* from, const SummaryParams& p) {
-    Float8 sum = load8(from);
+// Its columns from `column` on.
+template <class S>
+__device__ inline const char* gradient_columns(const SummaryParams& p, const void* pieces, int64_t row,
+                                               int column) {
+    const int64_t at = row * static_cast<int>(p.shape.head_dim) + column;
+    return static_cast<const char*>(pieces) + at * (p.rounded_gradients ? sizeof(S) : sizeof(float));
+}
+// Eight of them, of the first piece.
+template <class S>
+__device__ inline Float8 load_first_piece(const SummaryParams& p, const char* from) {
+    return p.rounded_gradients ? unpack8<S>(*reinterpret_cast<const uint4*>(from))
+                               : load8(reinterpret_cast<const float*>(from));
+}
+// ... and with all pieces added up.
+template <class S>
+__device__ inline Float8 load_pieces(const SummaryParams& p, const char* from) {
+    Float8 sum = load_first_piece<S>(p, from);
 #pragma unroll 1
     for (int piece = 1; piece < static_cast<int>(p.pieces); ++piece) {
-        from += p.global_columns * p.shape.head_dim;
-        const Float8 x = load8(from);
+        from += p.global_columns * p.shape.head_dim * sizeof(float);
+        const Float8 x = load8(reinterpret_cast<const float*>(from));
 #pragma unroll
         for (int i = 0; i < 8; ++i) sum.x[i] += x.x[i];
     }
@@ -331,8 +345,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     Float8 omega{}, grad_beta{};
     if (in_row) {
         omega = load8(omega_row);
-        grad_beta = load8(static_cast<const float*>(p.grad_landmark_value) +
-                          landmark_row(p, plan, index) * head_dim + column);
+        grad_beta = load_first_piece<S>(
+            p, gradient_columns<S>(p, p.grad_landmark_value, landmark_row(p, plan, index), column));
     }
 
     // kUnits passes make a batch: each lane keeps the logit and g of one of its group's tokens; if there is
@@ -525,8 +539,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i)
             if (branch == 0 && own + 16 * i < count && inside)
-                grad[i] = load8(static_cast<const float*>(p.grad_landmark_key) +
-                                landmark_row(p, plan, first + own + 16 * i) * head_dim + column);
+                grad[i] = load_first_piece<S>(
+                    p, gradient_columns<S>(p, p.grad_landmark_key,
+                                           landmark_row(p, plan, first + own + 16 * i), column));
         copy_wait<0>();
         if (p.has_projection) {
 #pragma unroll
