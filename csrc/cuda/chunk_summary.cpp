@@ -108,7 +108,7 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
     if (!backward.on_tensor_cores) {
         params_.omega_rows = nullptr;
     } else if (!few_members) {
-        grad_mu = empty(per_chunk);
+        grad_mu = room.empty(per_chunk, options);
         if (!params_.omega_rows) {
             const Tensor means = empty({2, heads, num_chunks, shape.head_dim});
             omega_rows = empty(per_chunk);
@@ -126,10 +126,15 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
         if (!backward.on_tensor_cores) projection_rows = empty({2, 3, heads, num_chunks, shape.head_dim});
     }
 
-    params_.grad_landmark_key = data(grad_landmark_key);
-    params_.grad_landmark_value = data(grad_landmark_value);
-    params_.pieces = grad_landmark_key.size(1);
-    params_.global_columns = grad_landmark_key.size(2);
+    const auto readable = [&](const Tensor& terms) {
+        return backward.on_tensor_cores ? terms : contiguous(terms, accumulation_);
+    };
+    const Tensor key_terms = readable(grad_landmark_key), value_terms = readable(grad_landmark_value);
+    params_.grad_landmark_key = data(key_terms);
+    params_.grad_landmark_value = data(value_terms);
+    params_.pieces = key_terms.size(1);
+    params_.global_columns = key_terms.size(2);
+    params_.rounded_gradients = key_terms.scalar_type() != accumulation_;
     params_.omega = data(omega_);
     params_.grad_beta = data(grad_beta_);
     params_.grad_key_mean = data(grad_key_mean_);

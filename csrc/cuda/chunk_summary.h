@@ -10,8 +10,8 @@ class Summary {
     Summary(const Call& call, const Geometry& geometry, const SummaryResults& results);
 
     void forward(cudaStream_t stream);
-    // Landmark gradients [B H, pieces, at least C, D], and those of tangents' entropies [B H, pieces, C];
-    // writes the gradients of the weights.
+    // Landmark gradients [B H, pieces, at least C, D], of which a single piece may be rounded, and those of
+    // tangents' entropies [B H, pieces, C]; writes the gradients of the weights.
     void backward(const Tensor& grad_landmark_key, const Tensor& grad_landmark_value,
                   const Tensor& grad_landmark_entropy, const Tensors<8>& grad_weights, cudaStream_t stream,
                   Room& room);

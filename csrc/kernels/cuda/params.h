@@ -70,6 +70,7 @@ struct SummaryParams {
     void* grad_landmark_value = nullptr;         // T [B H, pieces, global columns, D]
     const void* grad_landmark_entropy = nullptr; // T [B H, pieces, C], of tangents
     int64_t pieces = 0, global_columns = 0;
+    bool rounded_gradients = false; // of mma for one piece: those of landmarks are in S
     // backward, out: what each member token needs of its chunk, of mma in S, else in T
     void* omega = nullptr;           // [B H C, D]
     void* grad_beta = nullptr;       // [B H C, D]
@@ -160,6 +161,7 @@ struct AttentionParams {
     Rows grad_query{}, grad_key{}, grad_value{}; // out
     void* delta = nullptr; // T [B, H, N]: grad_output . output; out of the first kernel, in of the rest
     int64_t pieces = 0;    // summands of the gradients of the global columns
+    bool rounded_gradients = false;        // of mma for one piece without prefix: these are in S
     void* grad_global_key = nullptr;       // T [B H, pieces, C + P, D], of landmarks and prefix keys
     void* grad_global_value = nullptr;     // T [B H, pieces, C + P, D]
     void* grad_landmark_entropy = nullptr; // T [B H, pieces, C] or null

@@ -199,27 +199,38 @@ __device__ inline void for_diagonal(const float (&product)[kTiles][4], const Use
 
 // What the queries of a piece give to the keys and values of the thread's two of `columns` global ones, as
 // accumulators hold it; pieces count all (batch, head).
-template <int kTiles>
+template <class S, int kTiles>
 __device__ inline void store_global_gradients(const AttentionParams& p, int64_t piece, int columns,
                                               const int (&column)[2], const float (&grad_key)[kTiles][4],
                                               const float (&grad_value)[kTiles][4]) {
     const int head_dim = static_cast<int>(p.shape.head_dim), pair = threadIdx.x % 4 * 2;
-    const float scale = static_cast<float>(p.scale);
+    const auto store = [&](void* to, const float (&x)[kTiles][4], float factor) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        if (column[r] >= columns) continue;
-        const int64_t row = (piece * columns + column[r]) * head_dim;
-        float* const key_out = static_cast<float*>(p.grad_global_key) + row;
-        float* const value_out = static_cast<float*>(p.grad_global_value) + row;
+        for (int r = 0; r < 2; ++r) {
+            const bool exists = column[r] < columns;
+            const int64_t row = (piece * columns + column[r]) * head_dim;
+            if (p.rounded_gradients) {
 #pragma unroll
-        for (int d = 0; d < kTiles; ++d) {
-            if (8 * d >= head_dim) continue;
-            *reinterpret_cast<float2*>(key_out + 8 * d + pair) =
-                make_float2(scale * grad_key[d][2 * r], scale * grad_key[d][2 * r + 1]);
-            *reinterpret_cast<float2*>(value_out + 8 * d + pair) =
-                make_float2(grad_value[d][2 * r], grad_value[d][2 * r + 1]);
+                for (int d = 0; d < kTiles; d += 2) {
+                    const auto packed = [&](int n) {
+                        return pack<S>(factor * x[n][2 * r], factor * x[n][2 * r + 1]);
+                    };
+                    const uint2 four = exchange_pairs(packed(d), packed(d + 1));
+                    const int first = 8 * d + exchanged_column();
+                    if (exists && first < head_dim)
+                        *reinterpret_cast<uint2*>(static_cast<S*>(to) + row + first) = four;
+                }
+            } else if (exists) {
+#pragma unroll
+                for (int d = 0; d < kTiles; ++d)
+                    if (8 * d < head_dim)
+                        *reinterpret_cast<float2*>(static_cast<float*>(to) + row + 8 * d + pair) =
+                            make_float2(factor * x[d][2 * r], factor * x[d][2 * r + 1]);
+            }
         }
-    }
+    };
+    store(p.grad_global_key, grad_key, static_cast<float>(p.scale));
+    store(p.grad_global_value, grad_value, 1);
 }
 
 // The gradient of a relative bias: of each offset key - query, the sum over the pairs of a window's

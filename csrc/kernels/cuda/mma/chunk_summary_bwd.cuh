@@ -81,13 +81,27 @@ __device__ inline int64_t landmark_row(const SummaryParams& p, const SummaryGrad
     const int64_t between = p.pieces * p.global_columns - plan.chunks; // two heads
     return between == 0 ? chunk : chunk + chunk / plan.chunks * between;
 }
-// Eight columns of such a row, of which the pieces are added up.
-__device__ inline Float8 load_pieces(const float* from, const SummaryParams& p) {
-    Float8 sum = load8(from);
+// Its columns from `column` on.
+template <class S>
+__device__ inline const char* gradient_columns(const SummaryParams& p, const void* pieces, int64_t row,
+                                               int column) {
+    const int64_t at = row * static_cast<int>(p.shape.head_dim) + column;
+    return static_cast<const char*>(pieces) + at * (p.rounded_gradients ? sizeof(S) : sizeof(float));
+}
+// Eight of them, of the first piece.
+template <class S>
+__device__ inline Float8 load_first_piece(const SummaryParams& p, const char* from) {
+    return p.rounded_gradients ? unpack8<S>(*reinterpret_cast<const uint4*>(from))
+                               : load8(reinterpret_cast<const float*>(from));
+}
+// ... and with all pieces added up.
+template <class S>
+__device__ inline Float8 load_pieces(const SummaryParams& p, const char* from) {
+    Float8 sum = load_first_piece<S>(p, from);
 #pragma unroll 1
     for (int piece = 1; piece < static_cast<int>(p.pieces); ++piece) {
-        from += p.global_columns * p.shape.head_dim;
-        const Float8 x = load8(from);
+        from += p.global_columns * p.shape.head_dim * sizeof(float);
+        const Float8 x = load8(reinterpret_cast<const float*>(from));
 #pragma unroll
         for (int i = 0; i < 8; ++i) sum.x[i] += x.x[i];
     }
@@ -283,8 +297,7 @@ struct ChunkTokensTraits {
     };
 };
 
-// token_weight, token_grad, chunk_stats, omega and grad_beta; in the landmark value gradients' first piece
-// the gradient of mu's two terms.
+// token_weight, token_grad, chunk_stats, omega and grad_beta; grad_mu.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     chunk_tokens_bwd_kernel(const __grid_constant__ SummaryParams p,
@@ -328,12 +341,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         reinterpret_cast<const char*>(head_rows<S>(p.value, batch, head) + (in_row ? column : 0));
     const int key_stride = static_cast<int>(p.key.token_stride * sizeof(S));
     const int value_stride = static_cast<int>(p.value.token_stride * sizeof(S));
-    float* const landmark_grad = static_cast<float*>(p.grad_landmark_value) +
-                                 landmark_row(p, plan, active ? index : 0) * head_dim + column;
     Float8 omega{}, grad_beta{};
     if (in_row) {
         omega = load8(static_cast<const float*>(p.omega_rows) + row);
-        grad_beta = load8(landmark_grad);
+        grad_beta = load_first_piece<S>(
+            p, gradient_columns<S>(p, p.grad_landmark_value, landmark_row(p, plan, index), column));
     }
 
     // kUnits passes make a batch: each lane keeps the logit and g of one of its group's tokens; if there is
@@ -440,7 +452,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const float factor = has_mu ? scale * static_cast<float>(p.mu_scale) * inverse : 0.0f;
 #pragma unroll
     for (int d = 0; d < 8; ++d) grad_mu.x[d] = factor * (softmax.sum_gk.x[d] - mean_g * softmax.sum_k.x[d]);
-    store8(landmark_grad, grad_mu);
+    store8(static_cast<float*>(p.grad_mu) + row, grad_mu);
     if (!has_mu) store_row(p.grad_query_mean, grad_mu);
     if (unit != 0) return;
     float* const stats = static_cast<float*>(p.chunk_stats) + 2 * int64_t{index};
@@ -478,8 +490,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             const bool exists = own + 16 * i < count && inside;
             const int64_t at = int64_t{first + own + 16 * i} * head_dim + column;
             const auto* mean = static_cast<const float*>(branch ? p.query_mean : p.key_mean) + at;
-            const auto* grad_mu = static_cast<const float*>(p.grad_landmark_value) +
-                                  landmark_row(p, plan, first + own + 16 * i) * head_dim + column;
+            const auto* grad_mu = static_cast<const float*>(p.grad_mu) + at;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 copy_async(&shared.stage[i][0][half][threadIdx.x], mean + 4 * half, exists);
@@ -527,8 +538,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i)
             if (branch == 0 && own + 16 * i < count && inside)
-                grad[i] = load8(static_cast<const float*>(p.grad_landmark_key) +
-                                landmark_row(p, plan, first + own + 16 * i) * head_dim + column);
+                grad[i] = load_first_piece<S>(
+                    p, gradient_columns<S>(p, p.grad_landmark_key,
+                                           landmark_row(p, plan, first + own + 16 * i), column));
         copy_wait<0>();
         if (p.has_projection) {
 #pragma unroll
@@ -616,8 +628,6 @@ SummaryGradPlan plan_chunk_summary_bwd(const SummaryParams& p) {
     const int64_t blocks = 132 * Projections::kCtasPerSm / 2;
     const int64_t rounds = detail::max(1, detail::ceil_div(plan.total, blocks * Projections::kMaxChunks));
     plan.group = static_cast<int>(detail::max(16, detail::ceil_div(plan.total, blocks * rounds)));
-    plan.omega_blocks = static_cast<int>(detail::min(
-        132 * Projections::kOmegaCtasPerSm, detail::ceil_div(plan.total, Projections::kOmegaChunks)));
     while (Tokens::kUnits << plan.parts_log2 < plan.chunk.size() && 2 << plan.parts_log2 <= Tokens::kGroups)
         ++plan.parts_log2;
     plan.passes = static_cast<int>(detail::ceil_div(plan.chunk.size(), int64_t{1} << plan.parts_log2));
@@ -659,8 +669,9 @@ void launch_chunk_summary_bwd(const SummaryParams& p, cudaStream_t stream) {
         static LimitsOf omega_limits, projection_limits;
         omega_limits(chunk_omega_kernel<Projections>);
         projection_limits(chunk_projections_bwd_kernel<Projections>);
-        launch_dependent(chunk_omega_kernel<Projections>, plan.omega_blocks + sum_blocks,
-                         Projections::kOmegaThreads, kOmegaBytes, stream, p, plan);
+        if (sum_blocks > 0)
+            launch_dependent(chunk_omega_kernel<Projections>, sum_blocks, Projections::kOmegaThreads,
+                             kOmegaBytes, stream, p, plan);
         launch_dependent(chunk_tokens_bwd_kernel<Tokens>, detail::ceil_div(plan.total, chunks_per_block),
                          Tokens::kThreads, 0, stream, p, plan);
         launch_dependent(chunk_projections_bwd_kernel<Projections>, projection_blocks * count_projected(p),

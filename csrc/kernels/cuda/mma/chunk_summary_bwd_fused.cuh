@@ -122,8 +122,7 @@ __global__ void __launch_bounds__(FusedGradTraits::kThreads, FusedGradTraits::kC
         return passes > kUnroll * (kSlots - 1) ? ahead.chunk : chunk_of(index);
     };
     const auto load_gradient = [&](const void* pieces, int index, int bh) {
-        return load_pieces(
-            static_cast<const float*>(pieces) + landmark_row(p, plan, index, bh) * head_dim + column, p);
+        return load_pieces<S>(p, gradient_columns<S>(p, pieces, landmark_row(p, plan, index, bh), column));
     };
     const auto* const saved_mean = static_cast<const float*>(branch ? p.query_mean : p.key_mean);
     const bool has_mean = branch == 0 || has_mu;
