@@ -233,6 +233,31 @@ __device__ inline void store_global_gradients(const AttentionParams& p, int64_t 
     store(p.grad_global_value, grad_value, 1);
 }
 
+// Columns, from `column` on, of a row of the landmark gradients' pieces.
+template <class S>
+__device__ inline const char* gradient_columns(const SummaryParams& p, const void* pieces, int64_t row,
+                                               int column) {
+    const int64_t at = row * static_cast<int>(p.shape.head_dim) + column;
+    return static_cast<const char*>(pieces) + at * (p.rounded_gradients ? sizeof(S) : sizeof(float));
+}
+// Eight of them, of whose pieces every `step`-th from the `first` on is added up.
+template <class S, int kUnroll = 1>
+__device__ inline Float8 load_pieces(const SummaryParams& p, const char* from, int first = 0, int step = 1) {
+    if (p.rounded_gradients) return unpack8<S>(*reinterpret_cast<const uint4*>(from));
+    const int pieces = static_cast<int>(p.pieces);
+    const int64_t stride = p.global_columns * p.shape.head_dim;
+    const auto* const rows = reinterpret_cast<const float*>(from);
+    Float8 sum{};
+    if (first < pieces) sum = load8(rows + first * stride);
+#pragma unroll kUnroll
+    for (int piece = first + step; piece < pieces; piece += step) {
+        const Float8 x = load8(rows + piece * stride);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum.x[i] += x.x[i];
+    }
+    return sum;
+}
+
 // The gradient of a relative bias: of each offset key - query, the sum over the pairs of a window's
 // positions, times `factor`.
 template <int kThreads>
