@@ -20,6 +20,9 @@ __device__ inline void release(uint64_t* barrier) {
     __syncwarp();
     if (threadIdx.x % kWarpSize == 0) barrier_arrive(barrier);
 }
+// One of each thread, where threads both write and read what is handed over: a checker of races follows an
+// arrival of each thread, but not one of a lane for its warp.
+__device__ inline void release_by_all(uint64_t* barrier) { barrier_arrive(barrier); }
 
 // Boxes of a problem's rows [B, H, height, width, D], or of those of a [B, H, count, D] tensor that is whole,
 // as landmarks and all that belongs to chunks. False where the hardware can't.

@@ -117,8 +117,8 @@ struct TileGradSm90 {
             barrier_init(&shared.window_full[i], 1);
             barrier_init(&shared.gradients_full[i], kWarps);
             barrier_init(&shared.window_empty[i], 1);
-            barrier_init(&shared.numbers_full[i], 1);
-            barrier_init(&shared.numbers_empty[i], kWarps);
+            barrier_init(&shared.numbers_full[i], kWarpSize);
+            barrier_init(&shared.numbers_empty[i], kWarpgroupSize);
         }
         for (int i = 0; i < Traits::kLandmarkSlots; ++i) {
             barrier_init(&shared.landmarks_full[i], 1);
@@ -202,7 +202,7 @@ struct TileGradSm90 {
                 numbers.member[row] = pack<S>(weight[i], grad[i]);
                 numbers.chunk[row] = chunk[i];
             }
-            release(&shared.numbers_full[slot.slot]);
+            release_by_all(&shared.numbers_full[slot.slot]);
             slot.advance(Traits::kSlots, 2);
         }
     }
@@ -392,7 +392,7 @@ struct TileGradSm90 {
         Operand landmark_grad_score;
         pack_tile(landmark_grad_score, landmark_grad_weight);
         for (Factor& factor : landmark_grad_score) fence_factor(factor);
-        release(&shared.numbers_empty[slot.slot]);
+        release_by_all(&shared.numbers_empty[slot.slot]);
         warpgroup_sync(warpgroup); // the gradients of the scores are there
         warpgroup_fence();
 #pragma unroll
@@ -510,18 +510,19 @@ struct TileGradSm90 {
         if (!p.grad_relative_bias) return;
 #pragma unroll 1
         for (int turn = 0; turn < Traits::kWarpgroups; ++turn) {
+            consumers_sync(); // a checker of races asks for one on either side of a turn
+            if (turn == warpgroup) {
+#pragma unroll
+                for (int n = 0; n < kTile / 8; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        float& sum = shared.bias_sum[score_row() + e / 2 * 8][8 * n + score_column() + e % 2];
+                        sum = (turn == 0 ? 0 : sum) + grad_bias[n][e];
+                        grad_bias[n][e] = 0;
+                    }
+            }
             consumers_sync();
-            if (turn != warpgroup) continue;
-#pragma unroll
-            for (int n = 0; n < kTile / 8; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    float& sum = shared.bias_sum[score_row() + e / 2 * 8][8 * n + score_column() + e % 2];
-                    sum = (turn == 0 ? 0 : sum) + grad_bias[n][e];
-                    grad_bias[n][e] = 0;
-                }
         }
-        consumers_sync();
         store_bias_gradient<Traits::kConsumers>(shared.bias_sum, p.shape.geometry, plan.windows.queries,
                                                 1.0f / static_cast<float>(p.scale), bias_piece(head, piece));
     }
