@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i)
             if (branch == 0 && own + 16 * i < count && inside)
-                grad[i] = load_pieces<S, 4>(
+                grad[i] = load_pieces<S, 8>(
                     p, gradient_columns<S>(p, p.grad_landmark_key,
                                            landmark_row(p, plan, first + own + 16 * i), column));
         copy_wait<0>();

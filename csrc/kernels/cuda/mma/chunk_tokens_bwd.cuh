@@ -334,12 +334,13 @@ ChunkTokensPlan plan_chunk_tokens_bwd(const SummaryParams& p) {
         .total = static_cast<int>(p.shape.batch * p.shape.heads * g.num_chunks()),
     };
     // As ends soonest on the GPUs of the day, by the shape alone, where all is shared evenly but for the last
-    // chunk of each, and what comes once a chunk takes as long as a few tokens.
+    // chunk of each, and what comes once a chunk takes each of its warps as long as five tokens.
     int64_t least = INT64_MAX;
     for (int log2 = 0; 1 << log2 <= Traits::kGroups; ++log2) {
-        const int64_t passes = detail::ceil_div(members, int64_t{1} << log2),
-                      all = 132 * Traits::kCtasPerSm * Traits::kGroups;
-        const int64_t time = (passes + 8) * ((int64_t{plan.total} << log2) + all);
+        const int64_t parts = int64_t{1} << log2, warps = detail::ceil_div(parts, Traits::kGroupsPerWarp),
+                      passes = detail::ceil_div(members, parts);
+        const int64_t time =
+            (passes + 5 * warps) * (plan.total * parts + 132 * Traits::kCtasPerSm * Traits::kGroups);
         if (time < least) least = time, plan.parts_log2 = log2, plan.passes = static_cast<int>(passes);
     }
     return plan;
