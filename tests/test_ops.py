@@ -176,12 +176,15 @@ def test_what_is_returned_beside_the_output(device: str) -> None:
         assert logsumexp.dtype == statistics.dtype == accumulated
         assert logsumexp.shape == (2, 2, 11)
         assert landmarks.shape == (2, 2, 2, 1, 8)
-        key_mean, query_mean = statistics.view(2, 2, 2, 1, 8)
+        key_mean, query_mean, *omega = statistics.view(-1, 2, 2, 1, 8)
         # The inputs are rounded to bfloat16, 2**-8, and their products are summed.
         bound = EXACT if dtype == torch.float64 else 0.05
         torch.testing.assert_close(logsumexp.double(), scores, rtol=0.0, atol=bound)
         torch.testing.assert_close(key_mean.double(), key.mean(2, keepdim=True), rtol=0.0, atol=bound)
         torch.testing.assert_close(query_mean.double(), query.mean(2, keepdim=True), rtol=0.0, atol=bound)
+        assert len(omega) == (dtype.itemsize == 2)
+        for mu in omega:
+            torch.testing.assert_close(mu.double(), (key_mean + query_mean).double() / 2, rtol=0.0, atol=bound)
         assert output.requires_grad
         assert not any(x.requires_grad for x in (logsumexp, landmarks, statistics))
         _, _, landmarks, statistics = torch.ops.eva_attn.eva_attention(*rows, chunk_size=(1, 4), **options)

@@ -105,6 +105,8 @@ SHARED_OUT_CASES = {
     "grid": replace(SHARED_OUT, size=(14, 14), window=7, chunk=2, bias="per head"),
     "chunks of three": replace(SHARED_OUT, size=(15, 13), window=5, chunk=(1, 3), noise=True, head_dim=48),
     "chunks of 16": replace(SHARED_OUT, size=(28, 30), window=7, chunk=4, bias="shared"),
+    "a head in one piece": replace(SHARED_OUT, size=192, window=64, chunk=2),
+    "128 channels in one piece": replace(SHARED_OUT, size=64, window=64, chunk=16, heads=100, head_dim=128),
 }
 
 
@@ -126,6 +128,19 @@ def test_few_members_without_tensor_cores(dtype: torch.dtype) -> None:
     shifted = room[1:].view_as(given.inputs["qkv"]).copy_(given.inputs["qkv"].detach()).requires_grad_()
     found = op_cases.outcome(functional, PLAIN, given)
     plain = op_cases.outcome(functional, PLAIN, replace(given, inputs=given.inputs | {"qkv": shifted}))
+    assert_near(plain, found, 8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_summaries_alone_without_tensor_cores(dtype: torch.dtype) -> None:
+    """Plain kernels, here for weights off 16 bytes, take gradients of landmarks that tensor cores round."""
+    case = replace(PLAIN, size=(8, 8), window=4)
+    given = op_cases.arguments(case, "cuda", dtype)
+    found = op_cases.outcome(functional, case, given)
+    for parameter in given.options["projection"].parameters():
+        room = torch.empty(parameter.numel() + 1, device="cuda", dtype=dtype)
+        parameter.data = room[1:].view_as(parameter).copy_(parameter.data)
+    plain = op_cases.outcome(functional, case, given)
     assert_near(plain, found, 8 * torch.finfo(dtype).eps)
 
 

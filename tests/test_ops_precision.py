@@ -65,6 +65,11 @@ CASES = {
         exclude=True,
         log_count=True,
     ),
+    # On a GPU one block sums what all queries of a head give to its landmarks.
+    "sequence-one-piece": Case(60, 16, 8, kind="linear", head_dim=40, packed=True),
+    "causal-one-piece": Case(64, 32, 8, kind="linear-layernorm", is_causal=True, head_dim=64, packed=True),
+    "grid-one-piece": Case((8, 8), 4, 2, kind="linear-layernorm", bias="per head", head_dim=64, packed=True),
+    "wide-one-piece": Case(30, 16, 4, kind="key-only", head_dim=128, packed=True),
     "tangent": Case(200, 16, 8, kind="tangent", bias="per head", exclude=True, head_dim=64),
     "grid-options": Case((11, 13), 4, 3, overlap=1, exclude=True, log_count=True, head_dim=48, noise=True),
 }

@@ -39,6 +39,7 @@ Summary::Summary(const Call& call, const Geometry& geometry, const Tensor& key_m
           .landmark_value = nullptr,
           .key_mean = data(key_mean_),
           .query_mean = data(query_mean_),
+          .omega_rows = nullptr,
           .landmark_entropy = data(landmark_entropy_),
           .grad_landmark_key = nullptr,
           .grad_landmark_value = nullptr,
@@ -57,9 +58,11 @@ Summary::Summary(const Call& call, const Geometry& geometry, const Tensor& key_m
           .grad_vectors = nullptr,
       } {}
 
-Stage Summary::forward(const Tensor& landmark_key, const Tensor& landmark_value) {
+Stage Summary::forward(const Tensor& landmark_key, const Tensor& landmark_value,
+                       const OptionalTensor& omega) {
     params_.landmark_key = data(landmark_key);
     params_.landmark_value = data(landmark_value);
+    if (omega) params_.omega_rows = data(*omega);
     if (params_.has_projection && !params_.has_query_projection)
         query_mean_.zero_();                // the kernel has no use for it
     if (params_.tangent) key_mean_.zero_(); // likewise

@@ -10,7 +10,8 @@ class Summary {
     Summary(const Call& call, const Geometry& geometry, const Tensor& key_mean, const Tensor& query_mean,
             const OptionalTensor& landmark_entropy);
 
-    Stage forward(const Tensor& landmark_key, const Tensor& landmark_value);
+    // Omega [B, H, C, D] is left where there is room for it.
+    Stage forward(const Tensor& landmark_key, const Tensor& landmark_value, const OptionalTensor& omega = {});
     // Landmark gradients [heads, pieces, at least C, padded D], of `heads` of all B H at once, and those of
     // tangents' entropies [heads, pieces, C].
     Stage backward(const Tensor& grad_landmark_key, const Tensor& grad_landmark_value,

@@ -21,21 +21,22 @@ struct Results {
                                                : at::empty(sizes, statistics.options());
         key_mean = means.select(0, 0);
         query_mean = means.select(0, 1);
+        if (keeps_omega(call)) omega = statistics.slice(0, 2 * count);
         if (call.summary.tangent) landmark_entropy = statistics.slice(0, 2 * count).view(sizes.slice(1, 3));
     }
 
     Tensor landmark_key, landmark_value, key_mean, query_mean;
-    OptionalTensor landmark_entropy;
+    OptionalTensor omega, landmark_entropy;
 };
 
 void forward(const Call& call, const Tensors<4>& outputs) {
     const auto& [output, logsumexp, landmarks, statistics] = outputs;
-    const auto [landmark_key, landmark_value, key_mean, query_mean, entropy] =
+    const auto [landmark_key, landmark_value, key_mean, query_mean, omega, entropy] =
         Results(call, landmarks, statistics);
     const Geometry geometry = concrete(call.geometry);
     Summary summary(call, geometry, key_mean, query_mean, entropy);
     const Attention attention(call, geometry, landmark_key, landmark_value, entropy, output, logsumexp);
-    std::vector<Stage> stages{summary.forward(landmark_key, landmark_value)};
+    std::vector<Stage> stages{summary.forward(landmark_key, landmark_value, omega)};
     attention.forward(stages);
     run(stages, call.query.size(0) * call.query.size(1), attention.blocks(), Direction::kForward);
     if (!keeps_means(call)) landmarks.select(0, 2).copy_(query_mean);
@@ -44,7 +45,7 @@ void forward(const Call& call, const Tensors<4>& outputs) {
 void backward(const Call& call, const Tensor& grad_output, const Tensors<4>& outputs,
               const Tensors<12>& gradients) {
     const auto& [output, logsumexp, landmarks, statistics] = outputs;
-    const auto [landmark_key, landmark_value, key_mean, query_mean, entropy] =
+    const auto [landmark_key, landmark_value, key_mean, query_mean, omega, entropy] =
         Results(call, landmarks.contiguous(), statistics.contiguous());
     const auto& [grad_query, grad_key, grad_value, w0, w1, w2, w3, w4, w5, w6, w7, grad_relative_bias] =
         gradients;

@@ -37,6 +37,7 @@ Summary::Summary(const Call& call, const Geometry& geometry, const SummaryResult
           .key_mean = results.key_mean,
           .query_mean = results.query_mean,
           .rounded_mean = results.key_mean == nullptr,
+          .omega_rows = results.omega,
           .landmark_entropy = results.landmark_entropy,
       } {}
 
@@ -47,6 +48,16 @@ void Summary::allocate_means() {
     params_.key_mean = data(means_);
     params_.query_mean = data(means_.select(0, 1));
     params_.rounded_mean = false;
+}
+
+void Summary::forward_again(SummaryParams params, cudaStream_t stream) const {
+    const Shape& shape = params.shape;
+    const Tensor landmarks =
+        at::empty({2, shape.batch * shape.heads, shape.geometry.num_chunks(), shape.head_dim},
+                  options().dtype(row_dtype_));
+    params.landmark_key = data(landmarks);
+    params.landmark_value = data(landmarks.select(0, 1));
+    forward_for(dtype_, params)(dtype_, params, stream);
 }
 
 void Summary::forward(cudaStream_t stream) {
@@ -71,12 +82,8 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
     const SummaryBackward backward = backward_for(dtype_, params_);
     const int64_t per_chunk[] = {heads, num_chunks, shape.head_dim};
     if (params_.rounded_mean && !backward.on_tensor_cores) {
-        const Tensor landmarks = at::empty({2, heads, num_chunks, shape.head_dim}, options.dtype(row_dtype_));
         allocate_means();
-        SummaryParams again = params_;
-        again.landmark_key = data(landmarks);
-        again.landmark_value = data(landmarks.select(0, 1));
-        forward_for(dtype_, again)(dtype_, again, stream);
+        forward_again(params_, stream);
     }
     rounded_terms_ = backward.on_tensor_cores;
     const auto row_options = rounded_terms_ ? options.dtype(row_dtype_) : options;
@@ -95,10 +102,22 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
         token_weight_ = empty({heads, geometry.num_tokens()});
         token_grad_ = empty({heads, geometry.num_tokens()});
     }
-    Tensor grad_projections, projection_rows, omega_rows;
-    if (backward.on_tensor_cores) { // two rows of 16 bits take the place of one of floats
-        const bool key_only = params_.has_projection && !params_.has_query_projection;
-        omega_rows = key_only ? empty(per_chunk) : grad_means;
+    Tensor grad_projections, projection_rows, omega_rows, grad_mu;
+    const bool few_members =
+        geometry.chunk_height * geometry.chunk_width <= kFewMembers && shape.head_dim <= kFewMembersHeadDim;
+    if (!backward.on_tensor_cores) {
+        params_.omega_rows = nullptr;
+    } else if (!few_members) {
+        grad_mu = room.empty(per_chunk, options);
+        if (!params_.omega_rows) {
+            const Tensor means = empty({2, heads, num_chunks, shape.head_dim});
+            omega_rows = empty(per_chunk);
+            params_.omega_rows = data(omega_rows);
+            SummaryParams again = params_;
+            again.key_mean = data(means);
+            again.query_mean = data(means.select(0, 1));
+            forward_again(again, stream);
+        }
     }
     if (params_.has_projection) {
         params_.projection_pieces = backward.projection_pieces(dtype_, params_);
@@ -107,10 +126,15 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
         if (!backward.on_tensor_cores) projection_rows = empty({2, 3, heads, num_chunks, shape.head_dim});
     }
 
-    params_.grad_landmark_key = data(grad_landmark_key);
-    params_.grad_landmark_value = data(grad_landmark_value);
-    params_.pieces = grad_landmark_key.size(1);
-    params_.global_columns = grad_landmark_key.size(2);
+    const auto readable = [&](const Tensor& terms) {
+        return backward.on_tensor_cores ? terms : contiguous(terms, accumulation_);
+    };
+    const Tensor key_terms = readable(grad_landmark_key), value_terms = readable(grad_landmark_value);
+    params_.grad_landmark_key = data(key_terms);
+    params_.grad_landmark_value = data(value_terms);
+    params_.pieces = key_terms.size(1);
+    params_.global_columns = key_terms.size(2);
+    params_.rounded_gradients = key_terms.scalar_type() != accumulation_;
     params_.omega = data(omega_);
     params_.grad_beta = data(grad_beta_);
     params_.grad_key_mean = data(grad_key_mean_);
@@ -120,7 +144,7 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
     params_.token_grad = data(token_grad_);
     params_.grad_projections = data(grad_projections);
     params_.projection_rows = data(projection_rows);
-    params_.omega_rows = data(omega_rows);
+    params_.grad_mu = data(grad_mu);
     backward.run(dtype_, params_, stream);
 
     if (!params_.has_projection) return;

@@ -10,8 +10,8 @@ class Summary {
     Summary(const Call& call, const Geometry& geometry, const SummaryResults& results);
 
     void forward(cudaStream_t stream);
-    // Landmark gradients [B H, pieces, at least C, D], and those of tangents' entropies [B H, pieces, C];
-    // writes the gradients of the weights.
+    // Landmark gradients [B H, pieces, at least C, D], of which a single piece may be rounded, and those of
+    // tangents' entropies [B H, pieces, C]; writes the gradients of the weights.
     void backward(const Tensor& grad_landmark_key, const Tensor& grad_landmark_value,
                   const Tensor& grad_landmark_entropy, const Tensors<8>& grad_weights, cudaStream_t stream,
                   Room& room);
@@ -24,6 +24,8 @@ class Summary {
     at::TensorOptions options() const { return at::dtype(accumulation_).device(device_); } // of sums
     // Room for means that are not kept, for kernels that need them.
     void allocate_means();
+    // For means or omega that were not kept; landmarks are left nowhere.
+    void forward_again(SummaryParams params, cudaStream_t stream) const;
 
     DType dtype_;
     at::ScalarType row_dtype_; // of queries, keys and values

@@ -17,6 +17,7 @@ SummaryResults results_in(const Call& call, const Tensor& landmarks, const Tenso
             .landmark_value = part(landmarks, size),
             .key_mean = has_means ? part(statistics, 0) : nullptr,
             .query_mean = has_means ? part(statistics, size) : part(landmarks, 2 * size),
+            .omega = keeps_omega(call) ? part(statistics, 2 * size) : nullptr,
             .landmark_entropy = call.summary.tangent ? part(statistics, 2 * size) : nullptr};
 }
 

@@ -63,7 +63,10 @@ void Attention::backward_global(const Tensor& grad_output, Room& room) {
     delta_ = at::empty_like(logsumexp_);
     // Prefix keys' gradients are read while tokens' are written.
     const bool is_done_before = backward_.on_tensor_cores && shape.geometry.num_prefix_tokens == 0;
-    const Tensor grad_global = is_done_before ? room.empty(sizes, options) : at::empty(sizes, options);
+    params_.rounded_gradients = is_done_before && params_.pieces == 1;
+    const auto row_options = params_.rounded_gradients ? output_.options() : options;
+    const Tensor grad_global =
+        is_done_before ? room.empty(sizes, row_options) : at::empty(sizes, row_options);
     grad_global_key_ = grad_global.select(0, 0);
     grad_global_value_ = grad_global.select(0, 1);
     params_.delta = data(delta_);

@@ -15,7 +15,7 @@ class Attention {
 
     // The backward's first half: gradients of landmarks and prefix keys.
     void backward_global(const Tensor& grad_output, Room& room);
-    // Its result [B H, pieces, C + P, D], the landmarks' rows first.
+    // Its result [B H, pieces, C + P, D], the landmarks' rows first; a single piece may be rounded.
     const Tensor& grad_global_key() const { return grad_global_key_; }
     const Tensor& grad_global_value() const { return grad_global_value_; }
     // [B H, pieces, C]; undefined without entropies.

@@ -27,7 +27,7 @@ SavedShapes saved_shapes(const Call& call) {
     const c10::SymInt batch = query.sym_size(0), heads = query.sym_size(1), head_dim = query.sym_size(3);
     const c10::SymInt num_chunks = call.geometry.num_chunks(), rows = batch * heads * num_chunks;
     c10::SymInt statistics = 0;
-    if (keeps_means(call)) statistics += 2 * rows * head_dim;
+    if (keeps_means(call)) statistics += (keeps_omega(call) ? 3 : 2) * rows * head_dim;
     if (call.summary.tangent) statistics += rows;
     return {.logsumexp = {batch, heads, query.sym_size(2)},
             .landmarks = {keeps_means(call) ? 2 : 3, batch, heads, num_chunks, head_dim},
@@ -45,16 +45,24 @@ const std::string kForwardResults = "(Tensor output, Tensor logsumexp, Tensor la
 const std::string kSaved = "Tensor output, Tensor logsumexp, Tensor landmarks, Tensor statistics";
 const std::string kParameterGradients = EVA_ATTN_WEIGHT_GRADIENTS ", Tensor grad_relative_bias)";
 
+// In the backward pass through the summaries.
+bool may_use_tensor_cores(const Call& call) {
+    const SymGeometry& g = call.geometry;
+    const auto dtype = call.query.scalar_type();
+    const bool is_half = dtype == at::kBFloat16 || dtype == at::kHalf;
+    return is_half && !call.summary.tangent && g.chunk_overlap_y == 0 && g.chunk_overlap_x == 0 &&
+           call.query.sym_size(3) % 8 == 0;
+}
+
 } // namespace
 
 bool keeps_means(const Call& call) {
     const SymGeometry& g = call.geometry;
-    const auto dtype = call.query.scalar_type();
-    const bool is_half = dtype == at::kBFloat16 || dtype == at::kHalf;
-    if (!is_half || call.summary.tangent || g.chunk_overlap_y != 0 || g.chunk_overlap_x != 0) return true;
-    const c10::SymInt head_dim = call.query.sym_size(3);
-    return g.chunk_height * g.chunk_width > kFewMembers || head_dim > kFewMembersHeadDim || head_dim % 8 != 0;
+    return !may_use_tensor_cores(call) || g.chunk_height * g.chunk_width > kFewMembers ||
+           call.query.sym_size(3) > kFewMembersHeadDim;
 }
+
+bool keeps_omega(const Call& call) { return may_use_tensor_cores(call) && keeps_means(call); }
 
 Tensors<4> prepare_eva_attention(const Call& call) {
     check_all(call);

@@ -39,8 +39,9 @@ inline Call eva_attention_call(c10::SymIntArrayRef grid_size, c10::SymIntArrayRe
 }
 
 // Outputs: output, logsumexp, and of the summaries, in two tensors as allocations take time, `landmarks`
-// [2, B, H, C, D], keys first, and `statistics`, flat: the means of keys and of queries [B, H, C, D], and
-// entropies [B, H, C], of tangents. Unless `keeps_means`, a third of `landmarks` are the means of queries.
+// [2, B, H, C, D], keys first, and `statistics`, flat: the means of keys and of queries [B, H, C, D], omega
+// [B, H, C, D] where it `keeps_omega`, and entropies [B, H, C], of tangents. Unless it `keeps_means`, a third
+// of `landmarks` are the means of queries.
 // Gradients: query, key, value (or qkv), the eight weights, relative_bias.
 struct EvaAttention {
     static constexpr const char* kName = "eva_attn::eva_attention";
@@ -67,6 +68,8 @@ struct EvaAttentionQkvpacked {
 // Whether the backward pass gets the chunks' means in the accumulation type. Those of few 16-bit members
 // would take as much memory as the members.
 bool keeps_means(const Call& call);
+// Whether it gets omega beside them, which tensor cores ask for.
+bool keeps_omega(const Call& call);
 
 // Check everything and allocate what the op returns.
 Tensors<4> prepare_eva_attention(const Call& call);

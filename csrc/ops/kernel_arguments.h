@@ -23,6 +23,7 @@ struct SummaryResults {
     void* landmark_value;             // [B, H, C, D]
     void* key_mean = nullptr;         // [B, H, C, D] of the accumulation type
     void* query_mean = nullptr;       // [B, H, C, D], of that of rows beside no key_mean
+    void* omega = nullptr;            // [B, H, C, D] of the accumulation type, where it is kept
     void* landmark_entropy = nullptr; // [B, H, C] of the accumulation type, of tangents
 };
 

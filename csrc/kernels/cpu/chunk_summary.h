@@ -226,6 +226,8 @@ void chunk_summary_fwd(const SummaryParams& p, int64_t begin, int64_t end, char*
             T* landmark = s.landmark_key + i * ld; // 0 of a tangent so far
             T* omega = s.grad_a;
             make_omega(p, has_mu, group.index + i, landmark, s.landmark_query + i * ld, omega);
+            if (p.omega_rows)
+                store_elements(omega, head_dim, static_cast<T*>(p.omega_rows) + (group.index + i) * head_dim);
             s.members.list(g, p.key_padding_mask, group.batch, group.first + i);
             chunk_weights<S, T>(p, group, s, omega);
             const Box ahead = group.ahead(g, i);

@@ -40,6 +40,7 @@ struct SummaryParams {
     void* landmark_value;   // S [B, H, C, D], forward only
     void* key_mean;         // T [B, H, C, D]
     void* query_mean;       // T [B, H, C, D], unused where mu = 0
+    void* omega_rows;       // T [B, H, C, D], forward only, or null
     void* landmark_entropy; // T [B, H, C], of tangents, forward only
     // backward works on `heads` of all B H at once, from first_head on
     // in: landmark gradients as `pieces` summands of stride `piece_stride`

@@ -63,13 +63,14 @@ struct SummaryParams {
     void* key_mean = nullptr;         // T [B, H, C, D]
     void* query_mean = nullptr;       // T [B, H, C, D], unused where mu = 0
     bool rounded_mean = false;        // of mma for few members: query_mean is in S, and there is no key_mean
+    void* omega_rows = nullptr;       // T [B, H, C, D] or null; backward: of mma, of more than few members
     void* landmark_entropy = nullptr; // T [B, H, C], of tangents, forward only
-    // backward, in: landmark gradients as `pieces` summands, added in order; mma may leave the sum in the
-    // first, and then the gradient of mu's terms in that of values
+    // backward, in: landmark gradients as `pieces` summands, added in order
     void* grad_landmark_key = nullptr;           // T [B H, pieces, global columns, D], landmarks first
     void* grad_landmark_value = nullptr;         // T [B H, pieces, global columns, D]
     const void* grad_landmark_entropy = nullptr; // T [B H, pieces, C], of tangents
     int64_t pieces = 0, global_columns = 0;
+    bool rounded_gradients = false; // of mma for one piece: those of landmarks are in S
     // backward, out: what each member token needs of its chunk, of mma in S, else in T
     void* omega = nullptr;           // [B H C, D]
     void* grad_beta = nullptr;       // [B H C, D]
@@ -89,9 +90,8 @@ struct SummaryParams {
     // backward, scratch of simt, for the key's and the query's projection: gradient of the Linear's output,
     // the LayerNorm's normalised input, gradient of A's output
     void* projection_rows = nullptr; // T [2, 3, B H C, D]
-    // ... and of mma, where it takes three kernels: omega; grad_key_mean and grad_query_mean may overlie it,
-    // except beside "key-only"
-    void* omega_rows = nullptr; // T [B H C, D]
+    // ... and of mma, of more than few members: the gradient of mu's two terms
+    void* grad_mu = nullptr; // float [B H C, D]
 };
 
 // The gradients of the projections' parameters from their summands.
@@ -161,6 +161,7 @@ struct AttentionParams {
     Rows grad_query{}, grad_key{}, grad_value{}; // out
     void* delta = nullptr; // T [B, H, N]: grad_output . output; out of the first kernel, in of the rest
     int64_t pieces = 0;    // summands of the gradients of the global columns
+    bool rounded_gradients = false;        // of mma for one piece without prefix: these are in S
     void* grad_global_key = nullptr;       // T [B H, pieces, C + P, D], of landmarks and prefix keys
     void* grad_global_value = nullptr;     // T [B H, pieces, C + P, D]
     void* grad_landmark_entropy = nullptr; // T [B H, pieces, C] or null

@@ -36,11 +36,28 @@ __device__ inline void copy_async_of(int index, uint32_t shared, const void* glo
                  "r"(index), "l"(global)
                  : "memory");
 }
+// The same from the `index`-th row of `stride` bytes.
+__device__ inline void copy_async_row(int index, int stride, uint32_t shared, const void* global) {
+    asm volatile("{\n"
+                 ".reg .pred ignored;\n"
+                 ".reg .b64 from;\n"
+                 "setp.lt.s32 ignored, %1, 0;\n"
+                 "mad.wide.s32 from, %1, %2, %3;\n"
+                 "cp.async.cg.shared.global [%0], [from], 16, ignored;\n"
+                 "}\n" ::"r"(shared),
+                 "r"(index), "r"(stride), "l"(global)
+                 : "memory");
+}
 __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 // Waits until at most `kPending` of the latest groups are under way.
 template <int kPending>
 __device__ inline void copy_wait() {
     asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+// Among `threads` of a block, whole warps that no other barrier has the number of.
+__device__ inline void sync_threads(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // Begins to bring 32 bytes into the L2 cache.

@@ -5,7 +5,6 @@
 #include "kernels/cuda/mma/backward.h"
 #include "kernels/cuda/mma/chunk_summary_bwd.cuh"
 #include "kernels/cuda/mma/chunk_summary_bwd_few.cuh"
-#include "kernels/cuda/mma/chunk_summary_bwd_fused.cuh"
 #include "kernels/cuda/mma/window_attention_bwd.cuh"
 #include "kernels/cuda/mma/window_attention_bwd_blocks.cuh"
 #include "kernels/cuda/mma/window_attention_bwd_global.cuh"
@@ -18,7 +17,7 @@ namespace eva_attn::cuda::mma {
 
 template <class S>
 void Backward<S>::chunk_summary(const SummaryParams& p, cudaStream_t stream) {
-    if (launch_chunk_summary_bwd_few<S>(p, stream) || launch_chunk_summary_bwd_fused<S>(p, stream)) return;
+    if (launch_chunk_summary_bwd_few<S>(p, stream)) return;
     p.shape.head_dim <= 64 ? launch_chunk_summary_bwd<S, 64>(p, stream)
                            : launch_chunk_summary_bwd<S, 128>(p, stream);
 }
@@ -26,7 +25,6 @@ void Backward<S>::chunk_summary(const SummaryParams& p, cudaStream_t stream) {
 template <class S>
 int64_t Backward<S>::projection_pieces(const SummaryParams& p) {
     if (has_few_members(p)) return count_blocks_in_turn<FewMembersGradTraits>(p);
-    if (has_fused_gradient(p)) return count_blocks_in_turn<FusedGradTraits>(p);
     return p.shape.head_dim <= 64 ? count_projection_pieces<S, 64>(p) : count_projection_pieces<S, 128>(p);
 }
 

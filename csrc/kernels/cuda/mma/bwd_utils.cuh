@@ -199,27 +199,63 @@ __device__ inline void for_diagonal(const float (&product)[kTiles][4], const Use
 
 // What the queries of a piece give to the keys and values of the thread's two of `columns` global ones, as
 // accumulators hold it; pieces count all (batch, head).
-template <int kTiles>
+template <class S, int kTiles>
 __device__ inline void store_global_gradients(const AttentionParams& p, int64_t piece, int columns,
                                               const int (&column)[2], const float (&grad_key)[kTiles][4],
                                               const float (&grad_value)[kTiles][4]) {
     const int head_dim = static_cast<int>(p.shape.head_dim), pair = threadIdx.x % 4 * 2;
-    const float scale = static_cast<float>(p.scale);
+    const auto store = [&](void* to, const float (&x)[kTiles][4], float factor) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        if (column[r] >= columns) continue;
-        const int64_t row = (piece * columns + column[r]) * head_dim;
-        float* const key_out = static_cast<float*>(p.grad_global_key) + row;
-        float* const value_out = static_cast<float*>(p.grad_global_value) + row;
+        for (int r = 0; r < 2; ++r) {
+            const bool exists = column[r] < columns;
+            const int64_t row = (piece * columns + column[r]) * head_dim;
+            if (p.rounded_gradients) {
 #pragma unroll
-        for (int d = 0; d < kTiles; ++d) {
-            if (8 * d >= head_dim) continue;
-            *reinterpret_cast<float2*>(key_out + 8 * d + pair) =
-                make_float2(scale * grad_key[d][2 * r], scale * grad_key[d][2 * r + 1]);
-            *reinterpret_cast<float2*>(value_out + 8 * d + pair) =
-                make_float2(grad_value[d][2 * r], grad_value[d][2 * r + 1]);
+                for (int d = 0; d < kTiles; d += 2) {
+                    const auto packed = [&](int n) {
+                        return pack<S>(factor * x[n][2 * r], factor * x[n][2 * r + 1]);
+                    };
+                    const uint2 four = exchange_pairs(packed(d), packed(d + 1));
+                    const int first = 8 * d + exchanged_column();
+                    if (exists && first < head_dim)
+                        *reinterpret_cast<uint2*>(static_cast<S*>(to) + row + first) = four;
+                }
+            } else if (exists) {
+#pragma unroll
+                for (int d = 0; d < kTiles; ++d)
+                    if (8 * d < head_dim)
+                        *reinterpret_cast<float2*>(static_cast<float*>(to) + row + 8 * d + pair) =
+                            make_float2(factor * x[d][2 * r], factor * x[d][2 * r + 1]);
+            }
         }
+    };
+    store(p.grad_global_key, grad_key, static_cast<float>(p.scale));
+    store(p.grad_global_value, grad_value, 1);
+}
+
+// Columns, from `column` on, of a row of the landmark gradients' pieces.
+template <class S>
+__device__ inline const char* gradient_columns(const SummaryParams& p, const void* pieces, int64_t row,
+                                               int column) {
+    const int64_t at = row * static_cast<int>(p.shape.head_dim) + column;
+    return static_cast<const char*>(pieces) + at * (p.rounded_gradients ? sizeof(S) : sizeof(float));
+}
+// Eight of them, of whose pieces every `step`-th from the `first` on is added up.
+template <class S, int kUnroll = 1>
+__device__ inline Float8 load_pieces(const SummaryParams& p, const char* from, int first = 0, int step = 1) {
+    if (p.rounded_gradients) return unpack8<S>(*reinterpret_cast<const uint4*>(from));
+    const int pieces = static_cast<int>(p.pieces);
+    const int64_t stride = p.global_columns * p.shape.head_dim;
+    const auto* const rows = reinterpret_cast<const float*>(from);
+    Float8 sum{};
+    if (first < pieces) sum = load8(rows + first * stride);
+#pragma unroll kUnroll
+    for (int piece = first + step; piece < pieces; piece += step) {
+        const Float8 x = load8(rows + piece * stride);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum.x[i] += x.x[i];
     }
+    return sum;
 }
 
 // The gradient of a relative bias: of each offset key - query, the sum over the pairs of a window's

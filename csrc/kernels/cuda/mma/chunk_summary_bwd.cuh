@@ -1,10 +1,10 @@
-// Backward of the summaries, in three kernels: omega again, and the sums of the landmark gradients' pieces;
-// from the gradients of landmark values to what each token needs of its chunk and to the gradient of omega;
-// then through the projections.
+// Backward of the summaries in two kernels, the second of which is here: from the gradients of landmark keys
+// and of mu through the projections.
 #pragma once
 
 #include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/mma/bwd_utils.cuh"
+#include "kernels/cuda/mma/chunk_tokens_bwd.cuh"
 #include "kernels/cuda/mma/projection.cuh"
 
 namespace eva_attn::cuda::mma {
@@ -31,28 +31,14 @@ struct ProjectionTraits {
         uint4 stage[kRowTiles][2][2][kThreads];        // means, gradients of mu
     };
     static_assert(kWarps * kHeadDim * sizeof(float) <= sizeof(Shared::stage));
-
-    // omega: the projections side by side or, to save space, in turn.
-    static constexpr int kSides = kHeadDim == 64 ? 2 : 1;
-    static constexpr int kOmegaThreads = kSides * kParts * kWarpSize;
-    static constexpr int kOmegaRowTiles = 2, kOmegaChunks = 16 * kOmegaRowTiles;
-    static constexpr int kOmegaCtasPerSm = kHeadDim == 64 ? 3 : 2;
-    struct OmegaShared {
-        Weights weights[kSides];
-        alignas(4 * kHeadDim) __nv_bfloat16 mean[kSides][kOmegaChunks * 2 * kHeadDim];
-        __nv_bfloat16 output[kSides][kOmegaChunks * 2 * kHeadDim];
-    };
 };
 
 struct SummaryGradPlan {
     BoxShape chunk;
     int chunks, columns; // per (batch, head), and per row of chunks
     int total;           // chunks in all
-    int parts_log2;      // groups of lanes that share a chunk
-    int passes;          // tokens that each of them takes
     int group;           // chunks that go through the projections together
     int divisor;         // of all chunks' means; 0: to be counted
-    int omega_blocks;    // beside those that sum pieces
 
     __device__ TokenBox box(const Geometry& g, int chunk_index) const {
         const int y = static_cast<unsigned>(chunk_index) / static_cast<unsigned>(columns);
@@ -81,373 +67,6 @@ __device__ inline int64_t landmark_row(const SummaryParams& p, const SummaryGrad
     const int64_t between = p.pieces * p.global_columns - plan.chunks; // two heads
     return between == 0 ? chunk : chunk + chunk / plan.chunks * between;
 }
-// Eight columns of such a row, of which the pieces are added up.
-__device__ inline Float8 load_pieces(const float* from, const SummaryParams& p) {
-    Float8 sum = load8(from);
-#pragma unroll 1
-    for (int piece = 1; piece < static_cast<int>(p.pieces); ++piece) {
-        from += p.global_columns * p.shape.head_dim;
-        const Float8 x = load8(from);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sum.x[i] += x.x[i];
-    }
-    return sum;
-}
-
-// Adds the pieces of the landmark gradients to the first, four columns a thread.
-template <int kThreads>
-__device__ inline void sum_pieces(const SummaryParams& p, const SummaryGradPlan& plan, int block,
-                                  int blocks) {
-    const int head_dim = static_cast<int>(p.shape.head_dim), lanes = head_dim / 4;
-    const int64_t stride = p.global_columns * head_dim, count = int64_t{plan.total} * lanes;
-    for (int64_t i = int64_t{block} * kThreads + threadIdx.x; i < 2 * count;
-         i += int64_t{blocks} * kThreads) {
-        void* const pieces = i < count ? p.grad_landmark_value : p.grad_landmark_key;
-        const int64_t at = i < count ? i : i - count;
-        const int chunk = static_cast<int>(at / lanes), column = static_cast<int>(at % lanes) * 4;
-        float* const sums = static_cast<float*>(pieces) + landmark_row(p, plan, chunk) * head_dim + column;
-        const float* from = sums;
-        float4 sum{};
-#pragma unroll 8
-        for (int piece = 0; piece < static_cast<int>(p.pieces); ++piece, from += stride) {
-            const float4 x = *reinterpret_cast<const float4*>(from);
-            sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-        }
-        *reinterpret_cast<float4*>(sums) = sum;
-    }
-}
-
-// omega, in omega_rows, and the sums of the landmark gradients' pieces.
-template <class Traits>
-__global__ void __launch_bounds__(Traits::kOmegaThreads, Traits::kOmegaCtasPerSm)
-    chunk_omega_kernel(const __grid_constant__ SummaryParams p,
-                       const __grid_constant__ SummaryGradPlan plan) {
-    using S = typename Traits::S;
-    constexpr int kHeadDim = Traits::kHeadDim, kLanes = Traits::kLanes, kSides = Traits::kSides,
-                  kThreads = Traits::kOmegaThreads, kChunks = Traits::kOmegaChunks;
-    constexpr int kGroups = kThreads / kLanes, kRows = kChunks / kGroups; // a thread's
-    wait_for_dependencies();
-    if (static_cast<int>(blockIdx.x) >= plan.omega_blocks)
-        return sum_pieces<kThreads>(p, plan, blockIdx.x - plan.omega_blocks, gridDim.x - plan.omega_blocks);
-    extern __shared__ __align__(1024) char memory[];
-    auto& shared = *reinterpret_cast<typename Traits::OmegaShared*>(memory);
-    const int head_dim = static_cast<int>(p.shape.head_dim);
-    const bool has_mu = !p.has_projection || p.has_query_projection;
-    const int warp = threadIdx.x / kWarpSize, side = warp / Traits::kParts;
-    const int first_column = warp % Traits::kParts * 16;
-    const int group = threadIdx.x / kLanes, column = threadIdx.x % kLanes * 8;
-    const bool inside = column < head_dim;
-    const float reciprocal_dim = 1.0f / static_cast<float>(head_dim);
-    const auto projection = [&](int branch) -> const Projection& {
-        return branch ? p.query_projection : p.key_projection;
-    };
-    const auto rows_of = [](__nv_bfloat16* data) { return SplitRows<kHeadDim>{{data}}; };
-
-    Float8 mean[kSides][kRows];
-    const auto load = [&](int first, int branch) {
-#pragma unroll
-        for (int s = 0; s < kSides; ++s)
-#pragma unroll
-            for (int r = 0; r < kRows; ++r) {
-                const int chunk = first + group + r * kGroups;
-                const auto* from = static_cast<const float*>(branch + s ? p.query_mean : p.key_mean);
-                mean[s][r] = chunk < plan.total && inside ? load8(from + int64_t{chunk} * head_dim + column)
-                                                          : Float8{};
-            }
-    };
-    const int step = kChunks * plan.omega_blocks;
-    if (has_mu) load(kChunks * blockIdx.x, 0);
-    if (kSides == 2 && p.has_query_projection)
-        for (int s = 0; s < kSides; ++s)
-            shared.weights[s].template load<S, kThreads>(projection(s), head_dim);
-    for (int first = kChunks * blockIdx.x; first < plan.total; first += step) {
-        Float8 omega[kRows] = {};
-        for (int branch = 0; has_mu && branch < 2; branch += kSides) {
-            Float8 y[kSides][kRows];
-            if (p.has_projection) {
-                if (kSides == 1) shared.weights[0].template load<S, kThreads>(projection(branch), head_dim);
-#pragma unroll
-                for (int s = 0; s < kSides; ++s)
-#pragma unroll
-                    for (int r = 0; r < kRows; ++r)
-                        rows_of(shared.mean[s]).store(group + r * kGroups, column, mean[s][r]);
-            } else {
-#pragma unroll
-                for (int s = 0; s < kSides; ++s)
-#pragma unroll
-                    for (int r = 0; r < kRows; ++r) y[s][r] = mean[s][r];
-            }
-            const bool last = branch + kSides == 2;
-            load(last ? first + step : first, last ? 0 : branch + kSides);
-            if (p.has_projection) {
-                __syncthreads();
-                float product[Traits::kOmegaRowTiles][2][4];
-                multiply_weight<true>(product, rows_of(shared.mean[side]), shared.weights[side].linear(),
-                                      first_column);
-                store_product(rows_of(shared.output[side]), product, first_column);
-                __syncthreads();
-#pragma unroll
-                for (int s = 0; s < kSides; ++s) {
-                    const bool norm = projection(branch + s).norm_weight != nullptr;
-#pragma unroll
-                    for (int r = 0; r < kRows; ++r) {
-                        y[s][r] = rows_of(shared.output[s]).load_floats(group + r * kGroups, column);
-                        shared.weights[s].template finish<kLanes>(y[s][r], column, inside, reciprocal_dim,
-                                                                  static_cast<float>(p.norm_eps), norm);
-                    }
-                }
-                // The weights are about to be replaced.
-                if (kSides == 1) __syncthreads();
-            }
-#pragma unroll
-            for (int s = 0; s < kSides; ++s)
-#pragma unroll
-                for (int r = 0; r < kRows; ++r)
-#pragma unroll
-                    for (int i = 0; i < 8; ++i)
-                        omega[r].x[i] += static_cast<float>(p.mu_scale) * y[s][r].x[i];
-        }
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            const int chunk = first + group + r * kGroups;
-            if (chunk >= plan.total || !inside) continue;
-            const int64_t at = int64_t{chunk} * head_dim + column;
-            if (p.noise) {
-                const Float8 noise = load8(static_cast<const float*>(p.noise) + at);
-#pragma unroll
-                for (int i = 0; i < 8; ++i) omega[r].x[i] += noise.x[i];
-            }
-            *reinterpret_cast<Float8*>(static_cast<float*>(p.omega_rows) + at) = omega[r];
-        }
-    }
-}
-
-// A running softmax over tokens of a chunk, weighted by g = grad_beta . v, in units of log 2: a lane holds
-// eight columns of the sums over the tokens that its group of lanes saw.
-struct ChunkSoftmax {
-    float maximum = -kInfinity, sum = 0, sum_g = 0;
-    Float8 sum_gk{}, sum_k{};
-
-    // Brings the sums to a maximum that is at least the own; returns what to subtract from logits.
-    __device__ float raise(float to) {
-        const float shift = to == -kInfinity ? 0.0f : to;
-        const float factor = exp2_approx(maximum - shift);
-        maximum = to;
-        sum *= factor;
-        sum_g *= factor;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sum_gk.x[i] *= factor, sum_k.x[i] *= factor;
-        return shift;
-    }
-    __device__ void add(float weight, float g, const Float8& key) {
-        sum += weight;
-        sum_g += weight * g;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            sum_gk.x[i] += weight * g * key.x[i];
-            sum_k.x[i] += weight * key.x[i];
-        }
-    }
-    // A token's, where `inverse` is that of the sum.
-    __device__ float weight(float logit, float inverse) const {
-        return logit == -kInfinity ? 0.0f : exp2_approx(logit - maximum) * inverse;
-    }
-    // Adds what the groups of lanes hold that are `offset` lanes away.
-    __device__ void combine(int offset) {
-        const auto shuffle = [offset](float x) { return __shfl_xor_sync(0xffffffffu, x, offset); };
-        raise(fmaxf(maximum, shuffle(maximum)));
-        sum += shuffle(sum);
-        sum_g += shuffle(sum_g);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            sum_gk.x[i] += shuffle(sum_gk.x[i]);
-            sum_k.x[i] += shuffle(sum_k.x[i]);
-        }
-    }
-};
-
-template <class S_, int kHeadDim_>
-struct ChunkTokensTraits {
-    using S = S_;
-    static constexpr int kHeadDim = kHeadDim_;
-    static constexpr int kThreads = 256;
-    static constexpr int kUnits = kHeadDim / 8; // lanes that share a token
-    static constexpr int kGroups = kThreads / kUnits;
-    static constexpr int kUnroll = 4; // tokens of a group that are taken together
-    static constexpr int kCtasPerSm = 2;
-    static_assert(kUnits % kUnroll == 0);
-
-    struct Part { // what one warp saw of a chunk
-        float maximum, sum, sum_g, unused;
-        float sum_gk[kHeadDim], sum_k[kHeadDim];
-    };
-};
-
-// token_weight, token_grad, chunk_stats, omega and grad_beta; in the landmark value gradients' first piece
-// the gradient of mu's two terms.
-template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
-    chunk_tokens_bwd_kernel(const __grid_constant__ SummaryParams p,
-                            const __grid_constant__ SummaryGradPlan plan) {
-    using S = typename Traits::S;
-    constexpr int kUnits = Traits::kUnits, kUnroll = Traits::kUnroll;
-    __shared__ typename Traits::Part part[Traits::kThreads / kWarpSize];
-    wait_for_dependencies();
-
-    const Geometry& g = p.shape.geometry;
-    const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
-    const int num_tokens = static_cast<int>(g.num_tokens());
-    const int unit = threadIdx.x % kUnits, column = unit * 8;
-    const int parts = 1 << plan.parts_log2, own_part = threadIdx.x / kUnits & (parts - 1);
-    const int index =
-        blockIdx.x * (Traits::kGroups >> plan.parts_log2) + (threadIdx.x / kUnits >> plan.parts_log2);
-    const bool active = index < plan.total, in_row = active && column < head_dim;
-    const bool has_mu = !p.has_projection || p.has_query_projection;
-    const float scale = static_cast<float>(p.scale), scale_log2 = scale * kLog2e;
-
-    const int bh = static_cast<unsigned>(index) / static_cast<unsigned>(plan.chunks);
-    const int batch = static_cast<unsigned>(bh) / static_cast<unsigned>(heads), head = bh - batch * heads;
-    const int within = index - bh * plan.chunks;
-    const TokenBox box = plan.box(g, within);
-    const bool* const mask = p.key_padding_mask ? p.key_padding_mask + int64_t{batch} * num_tokens : nullptr;
-    float* const token_weight = static_cast<float*>(p.token_weight) + int64_t{bh} * num_tokens;
-    float* const token_grad = static_cast<float*>(p.token_grad) + int64_t{bh} * num_tokens;
-    const int64_t row = int64_t{index} * head_dim + column; // in the chunks' arrays
-    const int members = active ? plan.chunk.size() : 0, first_token = box.first_token();
-    const int rows_left = box.grid_height - box.y0, columns_left = box.grid_width - box.x0;
-    const auto token_of = [&](int pass) { // negative: none
-        const int member = (pass << plan.parts_log2) + own_part;
-        const int y = divide(member, plan.chunk.width_reciprocal), x = member - y * plan.chunk.width;
-        const bool exists = (member < members) & (y < rows_left) & (x < columns_left);
-        return exists ? first_token + y * box.grid_width + x : -1;
-    };
-
-    const char* const keys =
-        reinterpret_cast<const char*>(head_rows<S>(p.key, batch, head) + (in_row ? column : 0));
-    const char* const values =
-        reinterpret_cast<const char*>(head_rows<S>(p.value, batch, head) + (in_row ? column : 0));
-    const int key_stride = static_cast<int>(p.key.token_stride * sizeof(S));
-    const int value_stride = static_cast<int>(p.value.token_stride * sizeof(S));
-    float* const landmark_grad = static_cast<float*>(p.grad_landmark_value) +
-                                 landmark_row(p, plan, active ? index : 0) * head_dim + column;
-    Float8 omega{}, grad_beta{};
-    if (in_row) {
-        omega = load8(static_cast<const float*>(p.omega_rows) + row);
-        grad_beta = load8(landmark_grad);
-    }
-
-    // kUnits passes make a batch: each lane keeps the logit and g of one of its group's tokens; if there is
-    // another batch, it leaves both where the token's results will stand.
-    ChunkSoftmax softmax;
-    float kept_logit = -kInfinity, kept_g = 0;
-    const bool one_batch = plan.passes <= kUnits;
-    for (int pass = 0; pass < plan.passes; pass += kUnroll) {
-        int token[kUnroll];
-#pragma unroll
-        for (int j = 0; j < kUnroll; ++j) token[j] = token_of(pass + j);
-        if (mask) {
-#pragma unroll
-            for (int j = 0; j < kUnroll; ++j)
-                if (token[j] >= 0 && mask[token[j]]) token[j] = -1;
-        }
-        uint4 key_row[kUnroll], value_row[kUnroll];
-#pragma unroll
-        for (int j = 0; j < kUnroll; ++j) {
-            const bool valid = token[j] >= 0 && in_row;
-            key_row[j] = load_streaming(keys + int64_t{token[j]} * key_stride, valid);
-            value_row[j] = load_streaming(values + int64_t{token[j]} * value_stride, valid);
-        }
-        float logit[kUnroll], token_g[kUnroll];
-#pragma unroll
-        for (int j = 0; j < kUnroll; ++j) {
-            const Float8 key = unpack8<S>(key_row[j]), value = unpack8<S>(value_row[j]);
-            logit[j] = token_g[j] = 0;
-#pragma unroll
-            for (int d = 0; d < 8; ++d) {
-                logit[j] += key.x[d] * (omega.x[d] - 0.5f * key.x[d]);
-                token_g[j] += grad_beta.x[d] * value.x[d];
-            }
-        }
-#pragma unroll
-        for (int offset = 1; offset < kUnits; offset *= 2)
-#pragma unroll
-            for (int j = 0; j < kUnroll; ++j) {
-                logit[j] += __shfl_xor_sync(0xffffffffu, logit[j], offset);
-                token_g[j] += __shfl_xor_sync(0xffffffffu, token_g[j], offset);
-            }
-        float largest = softmax.maximum;
-#pragma unroll
-        for (int j = 0; j < kUnroll; ++j) {
-            logit[j] = token[j] >= 0 ? logit[j] * scale_log2 : -kInfinity;
-            largest = fmaxf(largest, logit[j]);
-            if ((pass + j) % kUnits == unit) kept_logit = logit[j], kept_g = token_g[j];
-        }
-        const float shift = softmax.raise(largest);
-#pragma unroll
-        for (int j = 0; j < kUnroll; ++j)
-            softmax.add(exp2_approx(logit[j] - shift), token_g[j], unpack8<S>(key_row[j]));
-        if (one_batch || ((pass + kUnroll) % kUnits != 0 && pass + kUnroll < plan.passes)) continue;
-        const int own_token = token_of(pass / kUnits * kUnits + unit);
-        if (own_token >= 0) token_weight[own_token] = kept_logit, token_grad[own_token] = kept_g;
-    }
-    for (int offset = kUnits; offset < min(kWarpSize, kUnits << plan.parts_log2); offset *= 2)
-        softmax.combine(offset);
-    if (kUnits << plan.parts_log2 > kWarpSize) {
-        const int warp = threadIdx.x / kWarpSize, warps = (kUnits << plan.parts_log2) / kWarpSize;
-        if (threadIdx.x % kWarpSize < kUnits) {
-            part[warp].maximum = softmax.maximum;
-            part[warp].sum = softmax.sum;
-            part[warp].sum_g = softmax.sum_g;
-            store8(part[warp].sum_gk + column, softmax.sum_gk);
-            store8(part[warp].sum_k + column, softmax.sum_k);
-        }
-        __syncthreads();
-        const int first = warp / warps * warps;
-        float largest = -kInfinity;
-        for (int i = first; i < first + warps; ++i) largest = fmaxf(largest, part[i].maximum);
-        softmax = ChunkSoftmax{};
-        const float shift = softmax.raise(largest);
-        for (int i = first; i < first + warps; ++i) {
-            const float factor = exp2_approx(part[i].maximum - shift);
-            softmax.sum += factor * part[i].sum;
-            softmax.sum_g += factor * part[i].sum_g;
-            if (own_part != 0) continue; // which needs no more
-            const Float8 gk = load8(part[i].sum_gk + column), k = load8(part[i].sum_k + column);
-#pragma unroll
-            for (int d = 0; d < 8; ++d)
-                softmax.sum_gk.x[d] += factor * gk.x[d], softmax.sum_k.x[d] += factor * k.x[d];
-        }
-    }
-
-    const float inverse = softmax.sum > 0 ? 1.0f / softmax.sum : 0.0f;
-    const float mean_g = softmax.sum_g * inverse;
-    for (int pass = unit; pass < plan.passes; pass += kUnits) {
-        const int token = token_of(pass);
-        if (token < 0) continue;
-        const float logit = one_batch ? kept_logit : token_weight[token];
-        const float token_g = one_batch ? kept_g : token_grad[token];
-        const float weight = softmax.weight(logit, inverse);
-        token_weight[token] = weight;
-        token_grad[token] = scale * weight * (token_g - mean_g);
-    }
-    if (own_part != 0 || !in_row) return;
-    const auto store_row = [row](void* to, const Float8& x) {
-        *reinterpret_cast<uint4*>(static_cast<S*>(to) + row) = pack8<S>(x);
-    };
-    store_row(p.omega, omega);
-    store_row(p.grad_beta, grad_beta);
-    Float8 grad_mu;
-    const float factor = has_mu ? scale * static_cast<float>(p.mu_scale) * inverse : 0.0f;
-#pragma unroll
-    for (int d = 0; d < 8; ++d) grad_mu.x[d] = factor * (softmax.sum_gk.x[d] - mean_g * softmax.sum_k.x[d]);
-    store8(landmark_grad, grad_mu);
-    if (!has_mu) store_row(p.grad_query_mean, grad_mu);
-    if (unit != 0) return;
-    float* const stats = static_cast<float*>(p.chunk_stats) + 2 * int64_t{index};
-    stats[0] = softmax.sum > 0 ? (softmax.maximum + log2f(softmax.sum)) * kLn2 : 0.0f;
-    stats[1] = mean_g;
-}
-
 // From the gradients of landmark keys and of mu to those of the means and of one projection.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
@@ -478,8 +97,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             const bool exists = own + 16 * i < count && inside;
             const int64_t at = int64_t{first + own + 16 * i} * head_dim + column;
             const auto* mean = static_cast<const float*>(branch ? p.query_mean : p.key_mean) + at;
-            const auto* grad_mu = static_cast<const float*>(p.grad_landmark_value) +
-                                  landmark_row(p, plan, first + own + 16 * i) * head_dim + column;
+            const auto* grad_mu = static_cast<const float*>(p.grad_mu) + at;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 copy_async(&shared.stage[i][0][half][threadIdx.x], mean + 4 * half, exists);
@@ -527,8 +145,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i)
             if (branch == 0 && own + 16 * i < count && inside)
-                grad[i] = load8(static_cast<const float*>(p.grad_landmark_key) +
-                                landmark_row(p, plan, first + own + 16 * i) * head_dim + column);
+                grad[i] = load_pieces<S, 4>(
+                    p, gradient_columns<S>(p, p.grad_landmark_key,
+                                           landmark_row(p, plan, first + own + 16 * i), column));
         copy_wait<0>();
         if (p.has_projection) {
 #pragma unroll
@@ -596,18 +215,14 @@ int count_projection_blocks(const SummaryGradPlan& plan) {
 template <class S, int kHeadDim>
 SummaryGradPlan plan_chunk_summary_bwd(const SummaryParams& p) {
     using Projections = ProjectionTraits<S, kHeadDim>;
-    using Tokens = ChunkTokensTraits<S, kHeadDim>;
     const Geometry& g = p.shape.geometry;
     SummaryGradPlan plan{
         .chunk = BoxShape::of(g.chunk_height, g.chunk_width),
         .chunks = static_cast<int>(g.num_chunks()),
         .columns = static_cast<int>(g.chunk_columns()),
         .total = static_cast<int>(p.shape.batch * p.shape.heads * g.num_chunks()),
-        .parts_log2 = 0,
-        .passes = 1,
         .group = 1,
         .divisor = static_cast<int>(p.mean_divisor),
-        .omega_blocks = 0,
     };
     if (p.mean_divisor == 0 && !p.key_padding_mask && g.grid_height % g.chunk_height == 0 &&
         g.grid_width % g.chunk_width == 0)
@@ -616,11 +231,6 @@ SummaryGradPlan plan_chunk_summary_bwd(const SummaryParams& p) {
     const int64_t blocks = 132 * Projections::kCtasPerSm / 2;
     const int64_t rounds = detail::max(1, detail::ceil_div(plan.total, blocks * Projections::kMaxChunks));
     plan.group = static_cast<int>(detail::max(16, detail::ceil_div(plan.total, blocks * rounds)));
-    plan.omega_blocks = static_cast<int>(detail::min(
-        132 * Projections::kOmegaCtasPerSm, detail::ceil_div(plan.total, Projections::kOmegaChunks)));
-    while (Tokens::kUnits << plan.parts_log2 < plan.chunk.size() && 2 << plan.parts_log2 <= Tokens::kGroups)
-        ++plan.parts_log2;
-    plan.passes = static_cast<int>(detail::ceil_div(plan.chunk.size(), int64_t{1} << plan.parts_log2));
     return plan;
 }
 
@@ -644,28 +254,16 @@ int64_t count_blocks_in_turn(const SummaryParams& p) {
 template <class S, int kHeadDim>
 void launch_chunk_summary_bwd(const SummaryParams& p, cudaStream_t stream) {
     using Projections = ProjectionTraits<S, kHeadDim>;
-    using Tokens = ChunkTokensTraits<S, kHeadDim>;
     const SummaryGradPlan plan = plan_chunk_summary_bwd<S, kHeadDim>(p);
-    if (plan.total > 0) {
-        constexpr int kBytes = sizeof(typename Projections::Shared),
-                      kOmegaBytes = sizeof(typename Projections::OmegaShared);
-        constexpr int kMost = 99 << 10; // what every GPU from sm_80 on lets a block have
-        static_assert(kBytes <= kMost && kOmegaBytes <= kMost);
-        const int projection_blocks = count_projection_blocks<Projections>(plan);
-        const int chunks_per_block = Tokens::kGroups >> plan.parts_log2;
-        const int64_t sums = 2 * plan.total * p.shape.head_dim / 4;
-        const int64_t sum_blocks =
-            p.pieces == 1 ? 0 : detail::min(264, detail::ceil_div(sums, Projections::kOmegaThreads));
-        static LimitsOf omega_limits, projection_limits;
-        omega_limits(chunk_omega_kernel<Projections>);
-        projection_limits(chunk_projections_bwd_kernel<Projections>);
-        launch_dependent(chunk_omega_kernel<Projections>, plan.omega_blocks + sum_blocks,
-                         Projections::kOmegaThreads, kOmegaBytes, stream, p, plan);
-        launch_dependent(chunk_tokens_bwd_kernel<Tokens>, detail::ceil_div(plan.total, chunks_per_block),
-                         Tokens::kThreads, 0, stream, p, plan);
-        launch_dependent(chunk_projections_bwd_kernel<Projections>, projection_blocks * count_projected(p),
-                         Projections::kThreads, kBytes, stream, p, plan);
-    }
+    if (plan.total == 0) return;
+    launch_chunk_tokens_bwd<S, kHeadDim>(p, stream);
+    constexpr int kBytes = sizeof(typename Projections::Shared);
+    static_assert(kBytes <= 99 << 10); // what every GPU from sm_80 on lets a block have
+    static LimitsOf limits;
+    limits(chunk_projections_bwd_kernel<Projections>);
+    launch_dependent(chunk_projections_bwd_kernel<Projections>,
+                     count_projection_blocks<Projections>(plan) * count_projected(p), Projections::kThreads,
+                     kBytes, stream, p, plan);
 }
 
 } // namespace eva_attn::cuda::mma

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(FewMembersGradTraits::kThreads, FewMembersGrad
         return chunk;
     };
     const auto gradient_row = [&](const void* pieces, int index, int bh) {
-        return static_cast<const float*>(pieces) + landmark_row(p, plan, index, bh) * head_dim + column;
+        return gradient_columns<S>(p, pieces, landmark_row(p, plan, index, bh), column);
     };
 
     const auto* const query_mean = static_cast<const char*>(p.query_mean);
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(FewMembersGradTraits::kThreads, FewMembersGrad
         };
 
         Float8 grad_beta{}, mean[2] = {};
-        if (exists) grad_beta = load_pieces(gradient_row(p.grad_landmark_value, index, chunk.bh), p);
+        if (exists) grad_beta = load_pieces<S>(p, gradient_row(p.grad_landmark_value, index, chunk.bh));
         if (exists && has_mu)
             mean[1] = p.rounded_mean
                           ? unpack8<S>(*reinterpret_cast<const uint4*>(query_mean + at * mean_size))
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(FewMembersGradTraits::kThreads, FewMembersGrad
                 make_float2(total > 0 ? (largest + log2_approx(total)) * kLn2 : 0.0f, mean_g);
         Float8 grad[2] = {grad_mu, grad_mu};
         if (exists) {
-            const Float8 grad_key = load_pieces(gradient_row(p.grad_landmark_key, index, chunk.bh), p);
+            const Float8 grad_key = load_pieces<S>(p, gradient_row(p.grad_landmark_key, index, chunk.bh));
 #pragma unroll
             for (int i = 0; i < 8; ++i) grad[0].x[i] += grad_key.x[i];
         }

@@ -370,6 +370,7 @@ __global__ void __launch_bounds__(SummaryFwdTraits<kHeadDim>::kThreads,
                 for (int i = 0; i < 8; ++i)
                     omega.x[i] += static_cast<float>(p.mu_scale) * (landmark[1].x[i] + landmark[0].x[i]);
             }
+            if (p.omega_rows) *reinterpret_cast<Float8*>(static_cast<float*>(p.omega_rows) + to) = omega;
             *reinterpret_cast<Float8*>(partial[own_partial][0] + column) = omega;
         }
     }

@@ -315,6 +315,7 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
 #pragma unroll
                 for (int i = 0; i < 2; ++i) omega[n][i] += mu_scale * (key[n][i] + query[n][i]);
         }
+        if (p.omega_rows) store_floats(p.omega_rows, omega);
 
         // Weights of the members, by logits in units of log 2.
         Traits::EightRows logit; // [8 chunks, kSlots]

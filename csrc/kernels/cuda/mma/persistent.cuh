@@ -20,6 +20,9 @@ __device__ inline void release(uint64_t* barrier) {
     __syncwarp();
     if (threadIdx.x % kWarpSize == 0) barrier_arrive(barrier);
 }
+// One of each thread, where threads both write and read what is handed over: a checker of races follows an
+// arrival of each thread, but not one of a lane for its warp.
+__device__ inline void release_by_all(uint64_t* barrier) { barrier_arrive(barrier); }
 
 // Boxes of a problem's rows [B, H, height, width, D], or of those of a [B, H, count, D] tensor that is whole,
 // as landmarks and all that belongs to chunks. False where the hardware can't.
@@ -54,35 +57,53 @@ struct RingCursor {
 };
 
 // How persistent CTAs share the windows of all sequences, which are numbered by head, then batch, then
-// position. CTAs side by side take the same windows of all heads, as these lie side by side in memory, and in
-// a long sequence all CTAs go along it together; where heads would share unevenly, each has windows one after
-// the other.
+// position. CTAs side by side take the same windows of all heads, as these lie side by side in memory, and
+// all go along the tokens together, with runs of a few windows in turn; where heads or runs would be shared
+// unevenly, each has windows one after the other.
 struct WindowShares {
     int of_head;     // windows of a head
     int heads;       // that are taken side by side, or 1
     int parts;       // of such a head's windows, or of all: each a CTA's
-    int share, rest; // windows of a part, and what is left over
-    int step;        // from a CTA's window to its next one
+    int run;         // windows of a run, all of one sequence
+    int share, rest; // runs of a part, and what is left over
+    int stride;      // windows from the beginning of a CTA's run to that of its next one
     bool apart;      // heads have CTAs of their own
+    bool in_turn;    // runs
+    struct Jump {
+        int batches, rows, columns;
+    } jump; // from the last window of a CTA's run to the first of its next one
 
-    static WindowShares of(const Shape& shape, int64_t windows_of_sequence) {
-        const int64_t of_head = shape.batch * windows_of_sequence, all = shape.heads * of_head;
-        const int64_t ctas = detail::min(all, multiprocessors());
+    static WindowShares of(const Shape& shape, int64_t rows, int64_t columns) {
+        const int64_t of_sequence = rows * columns, of_head = shape.batch * of_sequence,
+                      all = shape.heads * of_head;
+        const int64_t ctas = detail::min(all, multiprocessors()), least = detail::ceil_div(all, ctas);
         int64_t heads = shape.heads, parts = detail::min(ctas / heads, of_head);
-        const bool apart = // within a twentieth of the least
-            parts > 0 && 20 * detail::ceil_div(of_head, parts) <= 21 * detail::ceil_div(all, ctas);
+        // The most windows of a CTA are within a twentieth of the least.
+        const auto is_even = [&](int64_t run) {
+            return 20 * run * detail::ceil_div(of_head / run, parts) <= 21 * least;
+        };
+        const bool apart = parts > 0 && is_even(1);
         if (!apart) heads = 1, parts = ctas;
-        const int64_t windows = apart ? of_head : all;
-        // A CTA then meets a sequence's landmarks with four windows at least.
-        const bool together = apart && 4 * parts <= windows_of_sequence;
+        // A CTA meets a sequence's landmarks with four windows at least, or with as many as come out even.
+        bool in_turn = apart && 4 * parts <= of_sequence;
+        int64_t run = 1;
+        for (int64_t i = 4; apart && !in_turn && i > 0; --i)
+            if (of_sequence % i == 0 && i * parts >= of_sequence + i && i * parts <= of_head && is_even(i))
+                in_turn = true, run = i;
+        const int64_t runs = (apart ? of_head : all) / run, stride = in_turn ? parts * run : 1,
+                      jump = stride - run + 1;
         return WindowShares{
             .of_head = static_cast<int>(of_head),
             .heads = static_cast<int>(heads),
             .parts = static_cast<int>(parts),
-            .share = static_cast<int>(windows / parts),
-            .rest = static_cast<int>(windows % parts),
-            .step = together ? static_cast<int>(parts) : 1,
+            .run = static_cast<int>(run),
+            .share = static_cast<int>(runs / parts),
+            .rest = static_cast<int>(runs % parts),
+            .stride = static_cast<int>(stride),
             .apart = apart,
+            .in_turn = in_turn,
+            .jump = {static_cast<int>(jump / of_sequence), static_cast<int>(jump % of_sequence / columns),
+                     static_cast<int>(jump % columns)},
         };
     }
     int ctas() const { return heads * parts; }
@@ -91,11 +112,17 @@ struct WindowShares {
 
     __device__ int begin(int cta) const {
         const int part = cta / heads;
-        return cta % heads * of_head + (step > 1 ? part : first_of(part));
+        return cta % heads * of_head + (in_turn ? part * run : first_of(part));
     }
     __device__ int count(int cta) const {
         const int part = cta / heads;
-        return step > 1 ? share + (part < rest) : first_of(part + 1) - first_of(part);
+        return in_turn ? run * (share + (part < rest)) : first_of(part + 1) - first_of(part);
+    }
+    // From the i-th window of a CTA, with which it enters a sequence, to that with which it enters the next.
+    __device__ int next_sequence(int i, int begin, int of_sequence) const {
+        if (jump.batches > 0) return i + run;
+        const int ahead = of_sequence - (begin + i / run * stride) % of_sequence;
+        return i + (ahead + stride - 1) / stride * run;
     }
     // Parts that have windows of a head: from the first one to the last.
     __device__ int first_part(int head) const { return apart ? 0 : part_of(head * of_head); }
@@ -113,8 +140,9 @@ struct WindowShares {
 // Goes through a CTA's windows, and enters every sequence on its way.
 struct WindowCursor {
     int head, batch, row, column;
-    int left;
+    int left; // with this one
     bool enters_sequence;
+    int left_of_run;
 
     template <class Plan>
     __device__ static WindowCursor first(const Plan& plan) {
@@ -127,22 +155,32 @@ struct WindowCursor {
             .column = window % plan.windows.columns,
             .left = plan.shares.count(blockIdx.x),
             .enters_sequence = true,
+            .left_of_run = plan.shares.run,
         };
     }
     template <class Plan>
     __device__ void advance(const Plan& plan) {
         --left;
-        enters_sequence = false;
-        column += plan.shares.step;
-        while (column >= plan.windows.columns) {
-            column -= plan.windows.columns;
-            if (++row < plan.rows) continue;
-            row = 0;
-            enters_sequence = true;
-            if (++batch < plan.batch) continue;
-            batch = 0;
-            ++head;
-        }
+        if (--left_of_run > 0) return go(plan, {0, 0, 1});
+        left_of_run = plan.shares.run;
+        go(plan, plan.shares.jump);
+    }
+
+  private:
+    template <class Plan>
+    __device__ void go(const Plan& plan, const WindowShares::Jump& jump) {
+        column += jump.columns;
+        const bool next_row = column >= plan.windows.columns;
+        if (next_row) column -= plan.windows.columns;
+        row += jump.rows + next_row;
+        const bool next_batch = row >= plan.rows;
+        if (next_batch) row -= plan.rows;
+        const int batches = jump.batches + next_batch;
+        enters_sequence = batches > 0;
+        batch += batches;
+        if (batch < plan.batch) return;
+        batch -= plan.batch;
+        ++head;
     }
 };
 

@@ -149,14 +149,9 @@ __device__ inline void store_product(S* to, const float (&y)[kRowTiles][2][4], c
             const float* const x = y[r / 2][n] + r % 2 * 2;
             return pack<S>(factor * x[0], factor * x[1]);
         };
-        // A lane of a pair takes four columns of the first eight, the other four of the last.
-        const bool odd = lane & 1;
-        const uint32_t left = packed(0), right = packed(1);
-        const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
-        const int first = column + odd * 8 + lane % 4 / 2 * 4;
-        if (row < rows && first < head_dim)
-            *reinterpret_cast<uint2*>(to + row * head_dim + first) =
-                odd ? uint2{got, right} : uint2{left, got};
+        const uint2 four = exchange_pairs(packed(0), packed(1));
+        const int first = column + exchanged_column();
+        if (row < rows && first < head_dim) *reinterpret_cast<uint2*>(to + row * head_dim + first) = four;
     }
 }
 

@@ -214,6 +214,15 @@ __device__ inline float quad_sum(float x) {
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
+// Of 16 columns of such a row, of which a lane holds a pair of the first eight and one of the last, packed,
+// the lane's four side by side, those from exchanged_column() on: lanes of a pair share out the eights.
+__device__ inline uint2 exchange_pairs(uint32_t left, uint32_t right) {
+    const bool odd = threadIdx.x & 1;
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
+    return odd ? uint2{got, right} : uint2{left, got};
+}
+__device__ inline int exchanged_column() { return threadIdx.x % 2 * 8 + threadIdx.x % 4 / 2 * 4; }
+
 // Into how many CTAs the work on one (batch, head) is cut at most.
 constexpr int kMaxSlices = 1024;
 

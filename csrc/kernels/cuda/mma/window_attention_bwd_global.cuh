@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         end_products<kHeadDim>(grad_value, grad_key);
     }
 
-    store_global_gradients(p, bh * p.pieces + piece, columns, column, grad_key, grad_value);
+    store_global_gradients<S>(p, bh * p.pieces + piece, columns, column, grad_key, grad_value);
 }
 
 template <class Traits>

@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kHasWarpgroups ? Traits::kThreads : kWarpSize,
                 load_queries(tile + kStages * step, at.slot);
         }
 
-        store_global_gradients(p, bh * p.pieces + piece, landmarks, column, grad_key, grad_value);
+        store_global_gradients<S>(p, bh * p.pieces + piece, landmarks, column, grad_key, grad_value);
     }
 }
 

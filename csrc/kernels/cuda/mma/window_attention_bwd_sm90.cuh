@@ -83,15 +83,14 @@ struct WindowGradSm90 {
     __device__ bool is_causal() const { return kMayBeCausal && p.shape.geometry.is_causal; }
 
     __device__ void init_barriers() const {
-        constexpr int kWarps = kWarpgroupSize / kWarpSize;
         for (int w = 0; w < Traits::kWarpgroups; ++w)
             for (int i = 0; i < Traits::kRowSlots; ++i) {
                 barrier_init(&shared.rows_full[w][i], 1);
                 barrier_init(&shared.rows_empty[w][i], 1);
             }
         for (int i = 0; i < Traits::kColumnSlots; ++i) {
-            barrier_init(&shared.columns_full[i], 2);
-            barrier_init(&shared.columns_empty[i], Traits::kWarpgroups * kWarps);
+            barrier_init(&shared.columns_full[i], 1 + kWarpSize);
+            barrier_init(&shared.columns_empty[i], Traits::kConsumers);
         }
         barrier_init_fence();
     }
@@ -223,7 +222,7 @@ struct WindowGradSm90 {
                     shared.logsumexp[slot][lane + kWarpSize * r] = numbers[r][0];
                     shared.delta[slot][lane + kWarpSize * r] = numbers[r][1];
                 }
-                release(&shared.columns_full[slot]);
+                release_by_all(&shared.columns_full[slot]);
             }
         });
     }
@@ -238,7 +237,7 @@ struct WindowGradSm90 {
 #pragma unroll 1
                 for (int i = round.first_column; i < round.end + has_terms(); ++i) {
                     barrier_wait(&shared.columns_full[column.slot], column.phase);
-                    release(&shared.columns_empty[column.slot]);
+                    release_by_all(&shared.columns_empty[column.slot]);
                     column.advance(Traits::kColumnSlots);
                 }
                 return;
@@ -329,14 +328,14 @@ struct WindowGradSm90 {
             const bool is_met = begin <= i && (i < end || i >= round.window_end);
             if (is_met)
                 step(slot, i, [&] {
-                    if (read) release(read);
+                    if (read) release_by_all(read);
                     read = nullptr;
                 });
             if (is_met && kOverlapsSteps) {
                 read = &shared.columns_empty[slot];
             } else {
                 if (is_met) warpgroup_wait();
-                release(&shared.columns_empty[slot]);
+                release_by_all(&shared.columns_empty[slot]);
             }
             if (stored) {
                 if (threadIdx.x % kWarpgroupSize == 0) {
@@ -348,7 +347,7 @@ struct WindowGradSm90 {
         }
         if (read) {
             warpgroup_wait();
-            release(read);
+            release_by_all(read);
         }
     }
     // Runs step(terms, chunk) for what sixteen chunks at a time add to the rows, which are members of
@@ -366,7 +365,7 @@ struct WindowGradSm90 {
 #pragma unroll 1
         for (int i = 0; 16 * i < plan.term_rows; ++i, chunk[0] -= 16, chunk[1] -= 16)
             step(terms_in(slot)[i], chunk, i);
-        release(&shared.columns_empty[slot]);
+        release_by_all(&shared.columns_empty[slot]);
         column.advance(Traits::kColumnSlots);
     }
 
@@ -605,7 +604,7 @@ bool launch_window_attention_bwd_sm90(const AttentionParams& p, cudaStream_t str
         .windows = w,
         .batch = static_cast<int>(p.shape.batch),
         .rows = 1,
-        .shares = WindowShares::of(p.shape, w.num_windows),
+        .shares = WindowShares::of(p.shape, 1, w.num_windows),
         .num_chunks = static_cast<int>(g.num_chunks()),
         .chunk_width = static_cast<int>(g.chunk_width),
         .term_rows = static_cast<int>(term_rows),

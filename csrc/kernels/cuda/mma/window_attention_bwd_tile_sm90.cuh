@@ -117,8 +117,8 @@ struct TileGradSm90 {
             barrier_init(&shared.window_full[i], 1);
             barrier_init(&shared.gradients_full[i], kWarps);
             barrier_init(&shared.window_empty[i], 1);
-            barrier_init(&shared.numbers_full[i], 1);
-            barrier_init(&shared.numbers_empty[i], kWarps);
+            barrier_init(&shared.numbers_full[i], kWarpSize);
+            barrier_init(&shared.numbers_empty[i], kWarpgroupSize);
         }
         for (int i = 0; i < Traits::kLandmarkSlots; ++i) {
             barrier_init(&shared.landmarks_full[i], 1);
@@ -202,7 +202,7 @@ struct TileGradSm90 {
                 numbers.member[row] = pack<S>(weight[i], grad[i]);
                 numbers.chunk[row] = chunk[i];
             }
-            release(&shared.numbers_full[slot.slot]);
+            release_by_all(&shared.numbers_full[slot.slot]);
             slot.advance(Traits::kSlots, 2);
         }
     }
@@ -244,34 +244,34 @@ struct TileGradSm90 {
     // By the warpgroups, which take turns at the windows.
     __device__ void compute() const {
         const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroupSize, 0);
-        const int begin = plan.shares.begin(blockIdx.x), step = plan.shares.step,
-                  last = begin + (plan.shares.count(blockIdx.x) - 1) * step;
-        const int of_head = plan.shares.of_head, of_sequence = plan.windows.num_windows;
+        const WindowShares& shares = plan.shares;
+        const int begin = shares.begin(blockIdx.x), count = shares.count(blockIdx.x);
         ScoreTile grad_bias = {}; // summed over windows
-        // Where the next head and the next sequence begin.
-        int head = begin / of_head - 1, next_head = (head + 1) * of_head;
-        int next_sequence = begin / of_sequence * of_sequence;
-        int piece = static_cast<int>(blockIdx.x) / plan.shares.heads -
-                    plan.shares.first_part(head + 1); // of the head's bias gradient
+        int head = begin / shares.of_head - 1;
+        int next_head = 0, next_sequence = 0; // windows with which the CTA enters them
+        int piece = static_cast<int>(blockIdx.x) / shares.heads -
+                    shares.first_part(head + 1); // of the head's bias gradient
         RingCursor slot{.slot = warpgroup}, landmark_slot;
 #pragma unroll 1
-        for (int window = begin + warpgroup * step;; window += Traits::kWarpgroups * step) {
+        for (int window = warpgroup;; window += Traits::kWarpgroups) {
             // All go to every head.
-            for (; next_head <= min(window, last); next_head += of_head) {
-                if (next_head > begin) {
+            while (next_head <= min(window, count - 1)) {
+                if (next_head > 0) {
                     store_bias(head, piece, warpgroup, grad_bias);
                     piece = 0; // the first one, as a later head begins here
                 }
                 fill_bias(++head);
+                next_head = shares.apart ? count : (head + 1) * shares.of_head - begin;
             }
-            if (window > last) break;
+            if (window >= count) break;
             // And wait for the landmarks of every sequence, as only the parity of phases tells them apart.
-            for (; plan.has_landmarks && next_sequence <= window; next_sequence += of_sequence) {
-                if (next_sequence > begin) {
+            while (plan.has_landmarks && next_sequence <= window) {
+                if (next_sequence > 0) {
                     release(&shared.landmarks_empty[landmark_slot.slot]);
                     landmark_slot.advance(Traits::kLandmarkSlots);
                 }
                 barrier_wait(&shared.landmarks_full[landmark_slot.slot], landmark_slot.phase);
+                next_sequence = shares.next_sequence(next_sequence, begin, plan.windows.num_windows);
             }
             find_gradients(slot, shared.landmarks[landmark_slot.slot], warpgroup, grad_bias);
             release(&shared.gradients_full[slot.slot]);
@@ -392,7 +392,7 @@ struct TileGradSm90 {
         Operand landmark_grad_score;
         pack_tile(landmark_grad_score, landmark_grad_weight);
         for (Factor& factor : landmark_grad_score) fence_factor(factor);
-        release(&shared.numbers_empty[slot.slot]);
+        release_by_all(&shared.numbers_empty[slot.slot]);
         warpgroup_sync(warpgroup); // the gradients of the scores are there
         warpgroup_fence();
 #pragma unroll
@@ -510,18 +510,19 @@ struct TileGradSm90 {
         if (!p.grad_relative_bias) return;
 #pragma unroll 1
         for (int turn = 0; turn < Traits::kWarpgroups; ++turn) {
+            consumers_sync(); // a checker of races asks for one on either side of a turn
+            if (turn == warpgroup) {
+#pragma unroll
+                for (int n = 0; n < kTile / 8; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        float& sum = shared.bias_sum[score_row() + e / 2 * 8][8 * n + score_column() + e % 2];
+                        sum = (turn == 0 ? 0 : sum) + grad_bias[n][e];
+                        grad_bias[n][e] = 0;
+                    }
+            }
             consumers_sync();
-            if (turn != warpgroup) continue;
-#pragma unroll
-            for (int n = 0; n < kTile / 8; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    float& sum = shared.bias_sum[score_row() + e / 2 * 8][8 * n + score_column() + e % 2];
-                    sum = (turn == 0 ? 0 : sum) + grad_bias[n][e];
-                    grad_bias[n][e] = 0;
-                }
         }
-        consumers_sync();
         store_bias_gradient<Traits::kConsumers>(shared.bias_sum, p.shape.geometry, plan.windows.queries,
                                                 1.0f / static_cast<float>(p.scale), bias_piece(head, piece));
     }
@@ -578,13 +579,13 @@ bool launch_window_attention_bwd_tile_sm90(const AttentionParams& p, cudaStream_
     constexpr int kBytes = sizeof(typename Traits::Shared);
     static LimitsOf limits_of;
     const KernelLimits& limits = limits_of(kernel);
-    if (num_windows > INT_MAX / 4 || limits.threads < Traits::kThreads || limits.shared_bytes < kBytes)
+    if (num_windows > INT_MAX || limits.threads < Traits::kThreads || limits.shared_bytes < kBytes)
         return false;
     const TileGradSm90Plan plan{
         .windows = w,
         .batch = static_cast<int>(p.shape.batch),
         .rows = static_cast<int>(g.window_rows()),
-        .shares = WindowShares::of(p.shape, w.num_windows),
+        .shares = WindowShares::of(p.shape, g.window_rows(), g.window_columns()),
         .has_landmarks = p.num_landmarks > 0,
         .has_terms = p.chunk_terms.omega != nullptr,
         .chunks_height = static_cast<int>(chunks_height),

@@ -367,9 +367,7 @@ struct AttentionSm90 {
             warpgroup_sync(warpgroup);
             put_output(softmax, unit, &barriers.output_full[query.slot]);
         }
-        go_to_sequence(
-            (begin.row * plan.windows.columns + begin.column + (begin.left - 1) * plan.shares.step) /
-            plan.windows.num_windows);
+        go_to_sequence(last_sequence());
         if (plan.has_landmarks) // no copy may outlive the CTA
             barrier_wait(&barriers.block_full[plan.key_slots + landmark.slot], landmark.phase);
     }
@@ -381,6 +379,13 @@ struct AttentionSm90 {
         asm volatile("bar.sync 8, %0;\n" ::"n"(Traits::kConsumers) : "memory");
     }
 
+    // Of the CTA's, by number.
+    __device__ int last_sequence() const {
+        int last = -1;
+        for (int i = 0; i < begin.left; ++last)
+            i = plan.shares.next_sequence(i, plan.shares.begin(blockIdx.x), plan.windows.num_windows);
+        return last;
+    }
     __device__ int tiles_in_share() const { return begin.left * plan.tiles; }
 
     __device__ TokenBox box_of(const typename Traits::Place& place) const {
@@ -540,7 +545,7 @@ bool launch_window_attention_fwd_sm90(const AttentionParams& p, Windows w, cudaS
         .windows = w,
         .batch = static_cast<int>(p.shape.batch),
         .rows = static_cast<int>(g.window_rows()),
-        .shares = WindowShares::of(p.shape, w.num_windows),
+        .shares = WindowShares::of(p.shape, g.window_rows(), g.window_columns()),
         .tiles = kIsOneTile ? 1 : w.queries.width / kBlockM,
         .tile_tokens = std::min(w.queries.size(), kBlockM),
         .has_landmarks = p.num_landmarks > 0,

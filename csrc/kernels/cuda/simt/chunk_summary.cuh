@@ -130,6 +130,7 @@ __device__ void make_omega(const SummaryParams& p, bool has_mu, int64_t chunk, S
     for_own_channels(head_dim, [&](int d) {
         const T mu = has_mu ? static_cast<T>(p.mu_scale) * (s.landmark_query[d] + s.landmark_key[d]) : T(0);
         s.omega[d] = mu + (p.noise ? static_cast<const T*>(p.noise)[chunk * head_dim + d] : T(0));
+        if (p.omega_rows) static_cast<T*>(p.omega_rows)[chunk * head_dim + d] = s.omega[d];
     });
     __syncthreads();
 }
