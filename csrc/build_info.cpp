@@ -1,4 +1,5 @@
-// How this library was built, for whoever loaded it: torch.ops.eva_attn.build_info().
+// How this library was built, for whoever loaded it: torch.ops.eva_attn.build_info(); one without CUDA
+// kernels also says so where they are asked for.
 #include <torch/library.h>
 
 #include "build_facts.h" // written by setup.py
@@ -29,5 +30,27 @@ Facts build_info() {
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(eva_attn, m) { m.def("build_info() -> Dict(str, str?)", &build_info); }
+
+#if !EVA_ATTN_WITH_CUDA
+namespace {
+
+void unavailable(const c10::OperatorHandle& op, torch::jit::Stack*) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false, op.operator_name(),
+        ": this build of eva_attn has no CUDA kernels (eva_attn.build_info()[\"cpu_only_reason\"] says why); "
+        "move the tensors to the CPU, or use the same function of eva_attn.reference, which is plain PyTorch "
+        "and runs on any device");
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(eva_attn, CUDA, m) {
+    for (const char* name : {"eva_attention", "eva_attention_backward", "eva_attention_qkvpacked",
+                             "eva_attention_qkvpacked_backward", "chunk_summary", "chunk_summary_backward",
+                             "window_attention", "window_attention_backward", "decode_step"}) {
+        m.impl(name, torch::CppFunction::makeFromBoxedFunction<&unavailable>());
+    }
+}
+#endif
 
 } // namespace eva_attn

@@ -23,7 +23,7 @@ struct Direct<Op, Results(Arguments...)> {
 
 } // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+PYBIND11_MODULE(_direct, m) {
     m.def("eva_attention", &Direct<EvaAttention>::call);
     m.def("eva_attention_qkvpacked", &Direct<EvaAttentionQkvpacked>::call);
 }

@@ -1,6 +1,5 @@
 #include "ops/chunk_summary.h"
 
-#include "ops/autocast.h"
 #include "ops/schema.h"
 
 namespace eva_attn {
@@ -75,13 +74,5 @@ TORCH_LIBRARY_FRAGMENT(eva_attn, m) {
 }
 
 TORCH_LIBRARY_IMPL(eva_attn, Meta, m) { ChunkSummaryBackend<run_forward, run_backward>::implement(m); }
-
-TORCH_LIBRARY_IMPL(eva_attn, AutocastCPU, m) {
-    m.impl("chunk_summary", &Autocast<ChunkSummary, at::kCPU>::forward);
-}
-
-TORCH_LIBRARY_IMPL(eva_attn, AutocastCUDA, m) {
-    m.impl("chunk_summary", &Autocast<ChunkSummary, at::kCUDA>::forward);
-}
 
 } // namespace eva_attn

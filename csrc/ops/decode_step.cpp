@@ -1,6 +1,5 @@
 #include "ops/decode_step.h"
 
-#include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/core/stack.h>
@@ -26,22 +25,6 @@ void autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::ji
     }
     const at::AutoDispatchBelowADInplaceOrView below;
     op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
-}
-
-// The state stays as it is: the tokens are cast to its dtype, and the output to autocast's.
-template <at::DeviceType device>
-void autocast(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-    constexpr size_t kTokens = 3; // query, key, value; then comes the state
-    const size_t size = op.schema().arguments().size();
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const auto dtype = torch::jit::peek(*stack, kTokens, size).toTensor().scalar_type();
-    for (size_t i = 0; i < kTokens; ++i) {
-        c10::IValue& tokens = torch::jit::peek(*stack, i, size);
-        tokens = tokens.toTensor().to(dtype);
-    }
-    op.callBoxed(stack);
-    c10::IValue& output = torch::jit::peek(*stack, 0, 1);
-    output = at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), output.toTensor(), device);
 }
 
 void check_state(const char* name, const Tensor& tensor, c10::SymIntArrayRef shape, at::ScalarType dtype,
@@ -101,14 +84,6 @@ TORCH_LIBRARY_IMPL(eva_attn, Meta, m) { m.impl("decode_step", &DecodeStepBackend
 
 TORCH_LIBRARY_IMPL(eva_attn, Autograd, m) {
     m.impl("decode_step", torch::CppFunction::makeFromBoxedFunction<&autograd>());
-}
-
-TORCH_LIBRARY_IMPL(eva_attn, AutocastCPU, m) {
-    m.impl("decode_step", torch::CppFunction::makeFromBoxedFunction<&autocast<at::kCPU>>());
-}
-
-TORCH_LIBRARY_IMPL(eva_attn, AutocastCUDA, m) {
-    m.impl("decode_step", torch::CppFunction::makeFromBoxedFunction<&autocast<at::kCUDA>>());
 }
 
 } // namespace eva_attn

@@ -3,7 +3,6 @@
 #include <ATen/ops/as_strided.h>
 
 #include "kernels/tensors.h"
-#include "ops/autocast.h"
 #include "ops/schema.h"
 
 namespace eva_attn {
@@ -118,15 +117,5 @@ TORCH_LIBRARY_FRAGMENT(eva_attn, m) {
 }
 
 TORCH_LIBRARY_IMPL(eva_attn, Meta, m) { EvaAttentionBackend<run_forward, run_backward>::implement(m); }
-
-TORCH_LIBRARY_IMPL(eva_attn, AutocastCPU, m) {
-    m.impl("eva_attention", &Autocast<EvaAttention, at::kCPU>::forward);
-    m.impl("eva_attention_qkvpacked", &Autocast<EvaAttentionQkvpacked, at::kCPU>::forward);
-}
-
-TORCH_LIBRARY_IMPL(eva_attn, AutocastCUDA, m) {
-    m.impl("eva_attention", &Autocast<EvaAttention, at::kCUDA>::forward);
-    m.impl("eva_attention_qkvpacked", &Autocast<EvaAttentionQkvpacked, at::kCUDA>::forward);
-}
 
 } // namespace eva_attn

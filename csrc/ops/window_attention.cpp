@@ -1,6 +1,5 @@
 #include "ops/window_attention.h"
 
-#include "ops/autocast.h"
 #include "ops/schema.h"
 
 namespace eva_attn {
@@ -60,13 +59,5 @@ TORCH_LIBRARY_FRAGMENT(eva_attn, m) {
 }
 
 TORCH_LIBRARY_IMPL(eva_attn, Meta, m) { WindowAttentionBackend<run_forward, run_backward>::implement(m); }
-
-TORCH_LIBRARY_IMPL(eva_attn, AutocastCPU, m) {
-    m.impl("window_attention", &Autocast<WindowAttention, at::kCPU>::forward);
-}
-
-TORCH_LIBRARY_IMPL(eva_attn, AutocastCUDA, m) {
-    m.impl("window_attention", &Autocast<WindowAttention, at::kCUDA>::forward);
-}
 
 } // namespace eva_attn

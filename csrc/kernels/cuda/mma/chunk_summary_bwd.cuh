@@ -145,9 +145,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i)
             if (branch == 0 && own + 16 * i < count && inside)
-                grad[i] = load_pieces<S, 8>(
-                    p, gradient_columns<S>(p, p.grad_landmark_key,
-                                           landmark_row(p, plan, first + own + 16 * i), column));
+                grad[i] = load_pieces<S>(p, gradient_columns<S>(p, p.grad_landmark_key,
+                                                                landmark_row(p, plan, first + own + 16 * i),
+                                                                column));
         copy_wait<0>();
         if (p.has_projection) {
 #pragma unroll
@@ -251,11 +251,41 @@ int64_t count_blocks_in_turn(const SummaryParams& p) {
     return detail::ceil_div(tiles, detail::ceil_div(tiles, 132 * Traits::kCtasPerSm));
 }
 
+// Adds the pieces of the landmark gradients, of keys and then of values, to the first; four columns a thread.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) sum_pieces_kernel(const __grid_constant__ SummaryParams p) {
+    wait_for_dependencies();
+    const int lanes = static_cast<int>(p.shape.head_dim) / 4,
+              chunks = static_cast<int>(p.shape.geometry.num_chunks());
+    const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, row = i / lanes;
+    const int64_t heads = p.shape.batch * p.shape.heads, bh = row / chunks, stride = p.global_columns * lanes;
+    if (bh >= 2 * heads) return;
+    void* const pieces = bh < heads ? p.grad_landmark_key : p.grad_landmark_value;
+    auto* const sums =
+        static_cast<float4*>(pieces) + bh % heads * p.pieces * stride + row % chunks * lanes + i % lanes;
+    float4 sum{};
+#pragma unroll 8
+    for (int piece = 0; piece < static_cast<int>(p.pieces); ++piece) {
+        const float4 x = sums[piece * stride];
+        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+    }
+    *sums = sum;
+}
+
 template <class S, int kHeadDim>
-void launch_chunk_summary_bwd(const SummaryParams& p, cudaStream_t stream) {
+void launch_chunk_summary_bwd(SummaryParams p, cudaStream_t stream) {
     using Projections = ProjectionTraits<S, kHeadDim>;
     const SummaryGradPlan plan = plan_chunk_summary_bwd<S, kHeadDim>(p);
     if (plan.total == 0) return;
+    constexpr int kMostPieces = 8; // that both kernels add up themselves
+    if (p.pieces > kMostPieces) {
+        constexpr int kThreads = 256;
+        launch_dependent(sum_pieces_kernel<kThreads>,
+                         detail::ceil_div(2 * plan.total * p.shape.head_dim / 4, kThreads), kThreads, 0,
+                         stream, p);
+        p.global_columns *= p.pieces; // from one head to the next
+        p.pieces = 1;
+    }
     launch_chunk_tokens_bwd<S, kHeadDim>(p, stream);
     constexpr int kBytes = sizeof(typename Projections::Shared);
     static_assert(kBytes <= 99 << 10); // what every GPU from sm_80 on lets a block have

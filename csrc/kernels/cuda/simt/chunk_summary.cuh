@@ -25,15 +25,27 @@ struct SummaryGradients {
     T linear[kMaxHeadDim];
 };
 
+// Call body(d) for the channels of a thread, and of a lane: few, so that these loops are not unrolled.
+template <class Body>
+__device__ void for_own_channels(int head_dim, Body body) {
+#pragma unroll 1
+    for (int d = threadIdx.x; d < head_dim; d += kThreads) body(d);
+}
+template <class Body>
+__device__ void for_lane_channels(int head_dim, Body body) {
+#pragma unroll 1
+    for (int d = lane(); d < head_dim; d += kLanes) body(d);
+}
+
 // Sums of the warps' rows and numbers, always in the same order. All end in a barrier.
 template <class T>
 __device__ void block_sum(SummaryShared<T>& s, int head_dim, T* sum) {
     __syncthreads();
-    for (int d = threadIdx.x; d < head_dim; d += kThreads) {
+    for_own_channels(head_dim, [&](int d) {
         T total = 0;
         for (int w = 0; w < kWarps; ++w) total += s.warp_rows[w][d];
         sum[d] = total;
-    }
+    });
     __syncthreads();
 }
 template <class T, class Number>
@@ -82,7 +94,7 @@ template <class S, class T = Accumulator<S>>
 __device__ T project(const Projection& a, bool has_projection, double eps, int head_dim, const T* mean,
                      T* hat, T* landmark) {
     if (!has_projection) {
-        for (int d = threadIdx.x; d < head_dim; d += kThreads) landmark[d] = mean[d];
+        for_own_channels(head_dim, [&](int d) { landmark[d] = mean[d]; });
         __syncthreads();
         return 1;
     }
@@ -96,18 +108,17 @@ __device__ T project(const Projection& a, bool has_projection, double eps, int h
     __syncthreads();
     if (!a.norm_weight) return 1;
     T center = 0, variance = 0;
-    for (int d = lane(); d < head_dim; d += kLanes) center += landmark[d];
+    for_lane_channels(head_dim, [&](int d) { center += landmark[d]; });
     center = warp_sum(center) / static_cast<T>(head_dim);
-    for (int d = lane(); d < head_dim; d += kLanes)
-        variance += (landmark[d] - center) * (landmark[d] - center);
+    for_lane_channels(head_dim, [&](int d) { variance += (landmark[d] - center) * (landmark[d] - center); });
     variance = warp_sum(variance) / static_cast<T>(head_dim);
     const T rstd = T(1) / sqrt(variance + static_cast<T>(eps));
     __syncthreads(); // the rows above are read by every warp
-    for (int d = threadIdx.x; d < head_dim; d += kThreads) {
+    for_own_channels(head_dim, [&](int d) {
         hat[d] = (landmark[d] - center) * rstd;
         landmark[d] = hat[d] * weight_at<S>(a.dtype, a.norm_weight, d) +
                       (a.norm_bias ? weight_at<S>(a.dtype, a.norm_bias, d) : T(0));
-    }
+    });
     __syncthreads();
     return rstd;
 }
@@ -116,11 +127,11 @@ __device__ T project(const Projection& a, bool has_projection, double eps, int h
 template <class T>
 __device__ void make_omega(const SummaryParams& p, bool has_mu, int64_t chunk, SummaryShared<T>& s) {
     const int head_dim = static_cast<int>(p.shape.head_dim);
-    for (int d = threadIdx.x; d < head_dim; d += kThreads) {
+    for_own_channels(head_dim, [&](int d) {
         const T mu = has_mu ? static_cast<T>(p.mu_scale) * (s.landmark_query[d] + s.landmark_key[d]) : T(0);
         s.omega[d] = mu + (p.noise ? static_cast<const T*>(p.noise)[chunk * head_dim + d] : T(0));
         if (p.omega_rows) static_cast<T*>(p.omega_rows)[chunk * head_dim + d] = s.omega[d];
-    }
+    });
     __syncthreads();
 }
 
@@ -182,21 +193,22 @@ __global__ void __launch_bounds__(kThreads) chunk_summary_fwd_kernel(const Summa
     count = block_sum(s, count);
     const T divisor = p.mean_divisor ? static_cast<T>(p.mean_divisor) : max(count, T(1));
     const auto average = [&](const Rows& rows, T* mean, void* out) {
-        for (int d = lane(); d < head_dim; d += kLanes) warp_row[d] = 0;
+        for_lane_channels(head_dim, [&](int d) { warp_row[d] = 0; });
         chunk.for_members(p, [&](int64_t token) {
             const Row<S> row = load(rows, token);
             for (int d = lane(); d < head_dim; d += kLanes) warp_row[d] += row[d];
         });
         block_sum(s, head_dim, mean);
-        for (int d = threadIdx.x; d < head_dim; d += kThreads) {
+        for_own_channels(head_dim, [&](int d) {
             mean[d] /= divisor;
             static_cast<T*>(out)[chunk.index * head_dim + d] = mean[d];
-        }
+        });
         __syncthreads();
     };
     if (p.tangent) { // its key is made below
-        for (int d = threadIdx.x; d < head_dim; d += kThreads)
+        for_own_channels(head_dim, [&](int d) {
             s.landmark_key[d] = static_cast<T*>(p.key_mean)[chunk.index * head_dim + d] = 0;
+        });
     } else {
         average(p.key, s.key_mean, p.key_mean);
         project<S>(p.key_projection, p.has_projection, p.norm_eps, head_dim, s.key_mean, s.key_hat,
@@ -207,13 +219,13 @@ __global__ void __launch_bounds__(kThreads) chunk_summary_fwd_kernel(const Summa
         project<S>(p.query_projection, p.has_projection, p.norm_eps, head_dim, s.query_mean, s.query_hat,
                    s.landmark_query);
     } else {
-        for (int d = threadIdx.x; d < head_dim; d += kThreads)
-            static_cast<T*>(p.query_mean)[chunk.index * head_dim + d] = 0;
+        for_own_channels(head_dim,
+                         [&](int d) { static_cast<T*>(p.query_mean)[chunk.index * head_dim + d] = 0; });
     }
     make_omega(p, has_mu(p), chunk.index, s);
 
     Softmax<S> softmax;
-    for (int d = lane(); d < head_dim; d += kLanes) warp_row[d] = 0;
+    for_lane_channels(head_dim, [&](int d) { warp_row[d] = 0; });
     chunk.for_members(p, [&](int64_t token) {
         softmax.add(chunk_logit<S>(p.scale, p.tangent, s.omega, load(p.key, token), head_dim));
         const Row<S> value = load(p.value, token);
@@ -221,13 +233,13 @@ __global__ void __launch_bounds__(kThreads) chunk_summary_fwd_kernel(const Summa
             warp_row[d] = warp_row[d] * softmax.correction + softmax.weight * value[d];
     });
     softmax.join(s);
-    for (int d = lane(); d < head_dim; d += kLanes) warp_row[d] *= softmax.correction;
+    for_lane_channels(head_dim, [&](int d) { warp_row[d] *= softmax.correction; });
     T* const beta = s.query_mean; // of no use any more
     block_sum(s, head_dim, beta);
     if (p.tangent) {
         const Exact<S> log_total = log(static_cast<Exact<S>>(softmax.total));
         Exact<S> entropy = 0;
-        for (int d = lane(); d < head_dim; d += kLanes) warp_row[d] = 0;
+        for_lane_channels(head_dim, [&](int d) { warp_row[d] = 0; });
         chunk.for_members(p, [&](int64_t token) {
             const Row<S> key = load(p.key, token);
             const Exact<S> log_weight =
@@ -240,11 +252,11 @@ __global__ void __launch_bounds__(kThreads) chunk_summary_fwd_kernel(const Summa
         block_sum(s, head_dim, s.landmark_key);
         if (threadIdx.x == 0) static_cast<T*>(p.landmark_entropy)[chunk.index] = static_cast<T>(entropy);
     }
-    for (int d = threadIdx.x; d < head_dim; d += kThreads) {
+    for_own_channels(head_dim, [&](int d) {
         const int64_t at = chunk.index * head_dim + d;
         store(static_cast<S*>(p.landmark_key) + at, s.landmark_key[d]);
         store(static_cast<S*>(p.landmark_value) + at, count > 0 ? beta[d] / softmax.total : T(0));
-    }
+    });
 }
 
 // What the gradients of a projection's parameters are made of, from the row of a chunk on.
@@ -266,20 +278,20 @@ __device__ void project_backward(const Projection& a, bool has_projection, int h
                                  const T* hat, const T* grad_landmark, T* grad_linear,
                                  const ProjectionRows<T>& out, T* mean_out) {
     if (!has_projection) {
-        for (int d = threadIdx.x; d < head_dim; d += kThreads) mean_out[d] = grad_landmark[d] / divisor;
+        for_own_channels(head_dim, [&](int d) { mean_out[d] = grad_landmark[d] / divisor; });
         return;
     }
     T mean = 0, mean_hat = 0;
     if (a.norm_weight) {
-        for (int d = lane(); d < head_dim; d += kLanes) {
+        for_lane_channels(head_dim, [&](int d) {
             const T grad_hat = grad_landmark[d] * weight_at<S>(a.dtype, a.norm_weight, d);
             mean += grad_hat;
             mean_hat += grad_hat * hat[d];
-        }
+        });
         mean = warp_sum(mean) / static_cast<T>(head_dim);
         mean_hat = warp_sum(mean_hat) / static_cast<T>(head_dim);
     }
-    for (int d = threadIdx.x; d < head_dim; d += kThreads) {
+    for_own_channels(head_dim, [&](int d) {
         T grad = grad_landmark[d];
         if (a.norm_weight) {
             grad = (grad * weight_at<S>(a.dtype, a.norm_weight, d) - mean - hat[d] * mean_hat) * rstd;
@@ -287,20 +299,20 @@ __device__ void project_backward(const Projection& a, bool has_projection, int h
         }
         grad_linear[d] = out.grad_linear[d] = grad;
         out.grad_landmark[d] = grad_landmark[d];
-    }
+    });
     __syncthreads();
-    for (int d = threadIdx.x; d < head_dim; d += kThreads) {
+    for_own_channels(head_dim, [&](int d) {
         T sum = 0;
         for (int row = 0; row < head_dim; ++row)
             sum +=
                 grad_linear[row] * weight_at<S>(a.dtype, a.weight, static_cast<int64_t>(row) * head_dim + d);
         mean_out[d] = sum / divisor;
-    }
+    });
     __syncthreads();
 }
 
 template <class S, class T = Accumulator<S>>
-__global__ void __launch_bounds__(kThreads) chunk_summary_bwd_kernel(const SummaryParams p) {
+__global__ void __launch_bounds__(kThreads, 6) chunk_summary_bwd_kernel(const SummaryParams p) {
     __shared__ SummaryShared<T> s;
     __shared__ SummaryGradients<T> gradient;
     const Geometry& g = p.shape.geometry;
@@ -310,7 +322,7 @@ __global__ void __launch_bounds__(kThreads) chunk_summary_bwd_kernel(const Summa
     T* const warp_row = s.warp_rows[warp()];
 
     const int64_t bh = chunk.index / g.num_chunks(), column = chunk.index % g.num_chunks();
-    for (int d = threadIdx.x; d < head_dim; d += kThreads) {
+    for_own_channels(head_dim, [&](int d) {
         T grad_key = 0, grad_beta = 0;
         for (int64_t piece = 0; piece < p.pieces; ++piece) {
             const int64_t at = ((bh * p.pieces + piece) * p.global_columns + column) * head_dim + d;
@@ -321,7 +333,7 @@ __global__ void __launch_bounds__(kThreads) chunk_summary_bwd_kernel(const Summa
         gradient.beta[d] = chunk_row(p.grad_beta)[d] = grad_beta;
         s.key_mean[d] = chunk_row(p.key_mean)[d];
         s.query_mean[d] = chunk_row(p.query_mean)[d];
-    }
+    });
     __syncthreads();
     const T key_rstd = project<S>(p.key_projection, p.has_projection, p.norm_eps, head_dim, s.key_mean,
                                   s.key_hat, s.landmark_key);
@@ -360,7 +372,7 @@ __global__ void __launch_bounds__(kThreads) chunk_summary_bwd_kernel(const Summa
     moment = block_sum(s, moment * softmax.correction);
     if (count > 0) moment /= softmax.total;
 
-    for (int d = lane(); d < head_dim; d += kLanes) warp_row[d] = 0;
+    for_lane_channels(head_dim, [&](int d) { warp_row[d] = 0; });
     chunk.for_members(p, [&](int64_t token) {
         const Row<S> key = load(p.key, token);
         const Exact<S> logit = chunk_logit<S>(p.scale, p.tangent, s.omega, key, head_dim);
@@ -374,13 +386,13 @@ __global__ void __launch_bounds__(kThreads) chunk_summary_bwd_kernel(const Summa
         }
     });
     block_sum(s, head_dim, gradient.omega);
-    for (int d = threadIdx.x; d < head_dim; d += kThreads) {
+    for_own_channels(head_dim, [&](int d) {
         const T grad_mu = has_mu(p) ? static_cast<T>(p.mu_scale) * gradient.omega[d] : T(0);
         if (!p.tangent) gradient.landmark_key[d] += grad_mu;
         gradient.landmark_query[d] = grad_mu;
         chunk_row(p.omega)[d] = s.omega[d];
         if (!has_mu(p)) chunk_row(p.grad_query_mean)[d] = 0;
-    }
+    });
     if (threadIdx.x == 0) {
         Exact<S>* const stats = static_cast<Exact<S>*>(p.chunk_stats) + chunk.index * 2;
         stats[0] = softmax.maximum + log(static_cast<Exact<S>>(softmax.total));

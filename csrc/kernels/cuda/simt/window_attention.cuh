@@ -242,6 +242,20 @@ __device__ void add_weighted(AttentionShared<S>& s, const Row<const S>* columns,
     }
 }
 
+// A slice's row in shared memory, where loops find it that are not unrolled: each lane its own channels.
+template <class S, class T = Accumulator<S>>
+__device__ void put_row(AttentionShared<S>& s, int row, const SliceRow<T>& sums) {
+#pragma unroll
+    for (int i = 0; i < kPerLane<T>; ++i) s.slice[row][i * kLanes + lane()] = sums.x[i];
+}
+template <class S, class T = Accumulator<S>>
+__device__ SliceRow<T> take_row(const AttentionShared<S>& s, int row) {
+    SliceRow<T> sums;
+#pragma unroll
+    for (int i = 0; i < kPerLane<T>; ++i) sums.x[i] = s.slice[row][i * kLanes + lane()];
+    return sums;
+}
+
 // The slice of channels of a block.
 template <class T>
 __device__ int first_channel() {
@@ -491,20 +505,29 @@ __global__ void __launch_bounds__(kThreads) key_gradients_kernel(const Attention
     T grad_bias[kRows<T>] = {};
     key_gradients<S>(s, head, keys, queries, 0, queries.size(), grad_key, grad_value, grad_bias);
 
+    static_assert(2 * kTileRows<T> <= kColumns);
+    const int slot = warp() * 2 * kRows<T>;
+    __syncthreads(); // no warp reads the latest columns any more
 #pragma unroll
+    for (int r = 0; r < kRows<T>; ++r) {
+        put_row<S>(s, slot + r, grad_key[r]);
+        put_row<S>(s, slot + kRows<T> + r, grad_value[r]);
+    }
+#pragma unroll 1 // the terms of chunks are long
     for (int r = 0; r < kRows<T>; ++r) {
         const Entry token = row(r);
         if (token.kind == Entry::kNone) continue;
-        if (p.chunk_terms.omega && keys[r].kind != Entry::kNone) {
-            add_key_value_terms<S>(g, p.chunk_terms, p.scale, head.bh, keys[r].index, first_channel<T>(),
+        SliceRow<T> own_key = take_row<S>(s, slot + r), own_value = take_row<S>(s, slot + kRows<T> + r);
+        if (p.chunk_terms.omega && head.valid(token).kind != Entry::kNone) {
+            add_key_value_terms<S>(g, p.chunk_terms, p.scale, head.bh, token.index, first_channel<T>(),
                                    head_dim, WarpRow<T>{warp_rows<T>(0, head_dim), r},
-                                   WarpRow<T>{warp_rows<T>(1, head_dim), r}, grad_key[r], grad_value[r]);
+                                   WarpRow<T>{warp_rows<T>(1, head_dim), r}, own_key, own_value);
         }
         const auto key_out = row_of<S>(p.grad_key, head.batch, head.head, token.index);
         const auto value_out = row_of<S>(p.grad_value, head.batch, head.head, token.index);
         for_slice<T>(first_channel<T>(), head_dim, [&](int i, int d) {
-            key_out.set(d, grad_key[r].x[i]);
-            value_out.set(d, grad_value[r].x[i]);
+            key_out.set(d, own_key.x[i]);
+            value_out.set(d, own_value.x[i]);
         });
     }
 }
@@ -602,17 +625,21 @@ __global__ void __launch_bounds__(kThreads) query_gradients_kernel(const Attenti
             add_weighted<S>(s, s.first, s.weights[0][warp()], first_channel<T>(), head_dim, sums);
         }
 
+        const int slot = warp() * kRows<T>;
+        __syncthreads(); // no warp reads the latest columns any more
 #pragma unroll
+        for (int r = 0; r < kRows<T>; ++r) put_row<S>(s, slot + r, sums[r]);
+#pragma unroll 1
         for (int r = 0; r < kRows<T>; ++r) {
             const Entry row = tile.row(r, g);
             if (row.kind == Entry::kNone) continue;
+            SliceRow<T> own = take_row<S>(s, slot + r);
 #pragma unroll
-            for (int i = 0; i < kPerLane<T>; ++i) sums[r].x[i] *= static_cast<T>(p.scale);
+            for (int i = 0; i < kPerLane<T>; ++i) own.x[i] *= static_cast<T>(p.scale);
             if (p.chunk_terms.omega && head.valid(row).kind == Entry::kGrid)
-                add_query_terms<S>(g, p.chunk_terms, head.bh, row.index, first_channel<T>(), head_dim,
-                                   sums[r]);
+                add_query_terms<S>(g, p.chunk_terms, head.bh, row.index, first_channel<T>(), head_dim, own);
             const auto out = row_of<S>(p.grad_query, head.batch, head.head, row.index);
-            for_slice<T>(first_channel<T>(), head_dim, [&](int i, int d) { out.set(d, sums[r].x[i]); });
+            for_slice<T>(first_channel<T>(), head_dim, [&](int i, int d) { out.set(d, own.x[i]); });
         }
     }
 }
