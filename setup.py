@@ -30,7 +30,7 @@ except ModuleNotFoundError:  # a source distribution is made without it
 
 ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 11)
-DEFAULT_ARCHES = "8.0;8.6;9.0a;10.0;12.0+PTX"  # 8.9 runs the code for 8.6, and gets no other from nvcc
+DEFAULT_ARCHES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
 
 
 class TorchMissing(build_ext):
