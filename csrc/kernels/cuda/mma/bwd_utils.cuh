@@ -240,16 +240,17 @@ __device__ inline const char* gradient_columns(const SummaryParams& p, const voi
     const int64_t at = row * static_cast<int>(p.shape.head_dim) + column;
     return static_cast<const char*>(pieces) + at * (p.rounded_gradients ? sizeof(S) : sizeof(float));
 }
-// Eight of them, with all pieces added up.
+// Eight of them, of whose pieces every `step`-th from the `first` on is added up.
 template <class S>
-__device__ inline Float8 load_pieces(const SummaryParams& p, const char* from) {
+__device__ inline Float8 load_pieces(const SummaryParams& p, const char* from, int first = 0, int step = 1) {
     if (p.rounded_gradients) return unpack8<S>(*reinterpret_cast<const uint4*>(from));
-    const auto* row = reinterpret_cast<const float*>(from);
-    Float8 sum = load8(row);
+    const int64_t stride = p.global_columns * p.shape.head_dim;
+    const auto* const rows = reinterpret_cast<const float*>(from);
+    Float8 sum{};
+    if (first < static_cast<int>(p.pieces)) sum = load8(rows + first * stride);
 #pragma unroll 4
-    for (int piece = 1; piece < static_cast<int>(p.pieces); ++piece) {
-        row += p.global_columns * p.shape.head_dim;
-        const Float8 x = load8(row);
+    for (int piece = first + step; piece < static_cast<int>(p.pieces); piece += step) {
+        const Float8 x = load8(rows + piece * stride);
 #pragma unroll
         for (int i = 0; i < 8; ++i) sum.x[i] += x.x[i];
     }

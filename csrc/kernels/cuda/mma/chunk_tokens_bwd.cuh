@@ -157,12 +157,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
 
     Float8 omega{}, grad_beta{};
     const auto load_rows = [&] {
-        if (at.batch >= plan.batches || !inside) return;
-        const int bh = at.batch * plan.heads + at.head, chunks = plan.rows * plan.columns;
-        const int64_t row = bh * chunks + at.y * plan.columns + at.x;
-        const int64_t gradient_row = row + bh * (p.pieces * p.global_columns - chunks);
-        omega = load8(static_cast<const float*>(p.omega_rows) + row * head_dim + column);
-        grad_beta = load_pieces<S>(p, gradient_columns<S>(p, p.grad_landmark_value, gradient_row, column));
+        const bool shares = p.pieces > 1; // the pieces' sum, between the groups of a warp that have one chunk
+        if (at.batch < plan.batches && inside) {
+            const int bh = at.batch * plan.heads + at.head, chunks = plan.rows * plan.columns;
+            const int64_t row = bh * chunks + at.y * plan.columns + at.x;
+            const int64_t gradient_row = row + bh * (p.pieces * p.global_columns - chunks);
+            omega = load8(static_cast<const float*>(p.omega_rows) + row * head_dim + column);
+            grad_beta =
+                load_pieces<S>(p, gradient_columns<S>(p, p.grad_landmark_value, gradient_row, column),
+                               shares ? threadIdx.x % lanes / kLanes : 0, shares ? lanes / kLanes : 1);
+        }
+        if (!shares) return;
+        for (int offset = kLanes; offset < lanes; offset *= 2)
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                grad_beta.x[i] += __shfl_xor_sync(0xffffffffu, grad_beta.x[i], offset);
     };
 
     for (int slot = 0; slot < kSlots; ++slot) load(slot);
