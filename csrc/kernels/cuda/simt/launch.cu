@@ -75,19 +75,19 @@ template <class T>
 __global__ void __launch_bounds__(kSumThreads, 3)
     sum_projection_gradients_kernel(const __grid_constant__ ProjectionGradients p) {
     wait_for_dependencies();
-    const int64_t size = (p.head_dim + 3) * p.head_dim;
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * simt::kLanes + simt::lane();
-    const bool inside = i < 2 * size;
-    const T* const terms = static_cast<const T*>(p.terms) + i;
-    const T sum = sum_terms<T>(inside ? static_cast<int>(p.pieces) : 0,
-                               [&](int piece) { return terms[piece * 2 * size]; });
-    if (simt::warp() != 0 || !inside) return;
-
-    const int64_t projection = i / size, row = i % size / p.head_dim, column = i % p.head_dim;
+    const int head_dim = static_cast<int>(p.head_dim), size = (head_dim + 3) * head_dim;
+    const int i = static_cast<int>(blockIdx.x) * simt::kLanes + simt::lane();
+    const int projection = i / size, row = i % size / head_dim, column = i % head_dim;
     const ProjectionGradients::Parameter* const parameters[] = {p.bias, p.norm_weight, p.norm_bias};
-    const auto& [data, dtype] =
-        row < p.head_dim ? p.weight[projection] : parameters[row - p.head_dim][projection];
-    if (data) store_as(dtype, data, row < p.head_dim ? row * p.head_dim + column : column, sum);
+    const auto [data, dtype] = projection > 1   ? ProjectionGradients::Parameter{}
+                               : row < head_dim ? p.weight[projection]
+                                                : parameters[row - head_dim][projection];
+    // Of a projection that does not exist there are no terms.
+    const T* const terms = static_cast<const T*>(p.terms) + i;
+    const T sum = sum_terms<T>(data ? static_cast<int>(p.pieces) : 0,
+                               [&](int piece) { return terms[int64_t{piece} * 2 * size]; });
+    if (simt::warp() == 0 && data)
+        store_as(dtype, data, row < head_dim ? row * head_dim + column : column, sum);
 }
 
 template <class T>
