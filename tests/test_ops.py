@@ -183,8 +183,9 @@ def test_what_is_returned_beside_the_output(device: str) -> None:
         torch.testing.assert_close(key_mean.double(), key.mean(2, keepdim=True), rtol=0.0, atol=bound)
         torch.testing.assert_close(query_mean.double(), query.mean(2, keepdim=True), rtol=0.0, atol=bound)
         assert len(omega) == (dtype.itemsize == 2)
-        for mu in omega:
-            torch.testing.assert_close(mu.double(), (key_mean + query_mean).double() / 2, rtol=0.0, atol=bound)
+        for row in omega:
+            mu = (key_mean + query_mean).double() / 2
+            torch.testing.assert_close(row.double(), mu, rtol=0.0, atol=bound)
         assert output.requires_grad
         assert not any(x.requires_grad for x in (logsumexp, landmarks, statistics))
         _, _, landmarks, statistics = torch.ops.eva_attn.eva_attention(*rows, chunk_size=(1, 4), **options)
