@@ -103,11 +103,9 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
         token_grad_ = empty({heads, geometry.num_tokens()});
     }
     Tensor grad_projections, projection_rows, omega_rows, grad_mu;
-    const bool few_members =
-        geometry.chunk_height * geometry.chunk_width <= kFewMembers && shape.head_dim <= kFewMembersHeadDim;
     if (!backward.on_tensor_cores) {
         params_.omega_rows = nullptr;
-    } else if (!few_members) {
+    } else if (!has_few_members(shape)) {
         grad_mu = room.empty(per_chunk, options);
         if (!params_.omega_rows) {
             const Tensor means = empty({2, heads, num_chunks, shape.head_dim});

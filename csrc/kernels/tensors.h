@@ -23,5 +23,9 @@ struct Shape {
 // Chunks of at most as many 16-bit tokens, of at most as many channels, have kernels of their own on CUDA.
 // From forward to backward these keep one mean alone, rounded.
 constexpr int kFewMembers = 4, kFewMembersHeadDim = 64;
+inline bool has_few_members(const Shape& shape) {
+    const Geometry& g = shape.geometry;
+    return g.chunk_height * g.chunk_width <= kFewMembers && shape.head_dim <= kFewMembersHeadDim;
+}
 
 } // namespace eva_attn

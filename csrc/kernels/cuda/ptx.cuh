@@ -24,19 +24,7 @@ __device__ inline void copy_async_at(int index, void* shared, const void* global
 __device__ inline void copy_async(void* shared, const void* global, bool valid = true) {
     copy_async_at(valid ? 0 : -1, shared, global);
 }
-// The same of the `index`-th 16 bytes from `global` onward, to a shared address.
-__device__ inline void copy_async_of(int index, uint32_t shared, const void* global) {
-    asm volatile("{\n"
-                 ".reg .pred ignored;\n"
-                 ".reg .b64 from;\n"
-                 "setp.lt.s32 ignored, %1, 0;\n"
-                 "mad.wide.s32 from, %1, 16, %2;\n"
-                 "cp.async.cg.shared.global [%0], [from], 16, ignored;\n"
-                 "}\n" ::"r"(shared),
-                 "r"(index), "l"(global)
-                 : "memory");
-}
-// The same from the `index`-th row of `stride` bytes.
+// The same from the `index`-th row of `stride` bytes, to a shared address.
 __device__ inline void copy_async_row(int index, int stride, uint32_t shared, const void* global) {
     asm volatile("{\n"
                  ".reg .pred ignored;\n"

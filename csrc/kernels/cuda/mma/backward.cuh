@@ -24,7 +24,7 @@ void Backward<S>::chunk_summary(const SummaryParams& p, cudaStream_t stream) {
 
 template <class S>
 int64_t Backward<S>::projection_pieces(const SummaryParams& p) {
-    if (has_few_members(p)) return count_blocks_in_turn<FewMembersGradTraits>(p);
+    if (has_few_members(p.shape)) return count_few_members_blocks(p);
     return p.shape.head_dim <= 64 ? count_projection_pieces<S, 64>(p) : count_projection_pieces<S, 128>(p);
 }
 

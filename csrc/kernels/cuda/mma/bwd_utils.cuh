@@ -233,6 +233,10 @@ __device__ inline void store_global_gradients(const AttentionParams& p, int64_t 
     store(p.grad_global_value, grad_value, 1);
 }
 
+// The row that a chunk of all has in the landmark gradients' first pieces, where a head has `chunks`.
+__device__ inline int64_t landmark_row(const SummaryParams& p, int chunks, int chunk, int bh) {
+    return chunk + bh * (p.pieces * p.global_columns - chunks);
+}
 // Columns, from `column` on, of a row of the landmark gradients' pieces.
 template <class S>
 __device__ inline const char* gradient_columns(const SummaryParams& p, const void* pieces, int64_t row,

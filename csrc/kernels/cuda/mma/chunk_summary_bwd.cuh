@@ -15,16 +15,14 @@ template <class S_, int kHeadDim_>
 struct ProjectionTraits {
     using S = S_;
     static constexpr int kHeadDim = kHeadDim_;
-    static constexpr int kLanes = kHeadDim / 8, kParts = kHeadDim / 16;
-    using Weights = ProjectionWeights<kHeadDim>;
-
-    // One projection's gradients.
-    static constexpr int kWarps = kParts, kThreads = kWarps * kWarpSize;
+    static constexpr int kLanes = kHeadDim / 8;
+    static constexpr int kWarps = kHeadDim / 16, kThreads = kWarps * kWarpSize;
     static constexpr int kRowTiles = kHeadDim == 64 ? 2 : 1, kMaxChunks = 16 * kRowTiles;
     static constexpr int kCtasPerSm = kHeadDim == 64 ? 4 : 2;
     static_assert(kThreads / kLanes == 16);
+
     struct Shared {
-        Weights weights;
+        ProjectionWeights<kHeadDim> weights;
         alignas(4 * kHeadDim) __nv_bfloat16 mean[kMaxChunks * 2 * kHeadDim];
         __nv_bfloat16 grad[kMaxChunks * 2 * kHeadDim]; // of the Linear's output, which it held before
         float factor[kMaxChunks];                      // from gradients of means to those of tokens
@@ -58,15 +56,12 @@ __host__ __device__ inline int count_projected(const SummaryParams& p) {
     return p.has_projection && !p.has_query_projection ? 1 : 2;
 }
 
-// The row that a chunk has in the landmark gradients' first pieces.
-__device__ inline int64_t landmark_row(const SummaryParams& p, const SummaryGradPlan& plan, int chunk,
-                                       int bh) {
-    return chunk + bh * (p.pieces * p.global_columns - plan.chunks);
-}
+// The row that a chunk has in the landmark gradients' first pieces; most often without a division.
 __device__ inline int64_t landmark_row(const SummaryParams& p, const SummaryGradPlan& plan, int chunk) {
     const int64_t between = p.pieces * p.global_columns - plan.chunks; // two heads
     return between == 0 ? chunk : chunk + chunk / plan.chunks * between;
 }
+
 // From the gradients of landmark keys and of mu to those of the means and of one projection.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
@@ -237,18 +232,6 @@ SummaryGradPlan plan_chunk_summary_bwd(const SummaryParams& p) {
 template <class S, int kHeadDim>
 int64_t count_projection_pieces(const SummaryParams& p) {
     return count_projection_blocks<ProjectionTraits<S, kHeadDim>>(plan_chunk_summary_bwd<S, kHeadDim>(p));
-}
-
-// For kernels of which a block takes tiles of kRows chunks in turn.
-template <class Traits>
-int64_t count_tiles(const SummaryParams& p) {
-    return detail::ceil_div(p.shape.batch * p.shape.heads * p.shape.geometry.num_chunks(), Traits::kRows);
-}
-// How many blocks: the fewest that end as soon as what fills the GPUs of the day, by the shape alone.
-template <class Traits>
-int64_t count_blocks_in_turn(const SummaryParams& p) {
-    const int64_t tiles = detail::max(1, count_tiles<Traits>(p));
-    return detail::ceil_div(tiles, detail::ceil_div(tiles, 132 * Traits::kCtasPerSm));
 }
 
 // Adds the pieces of the landmark gradients, of keys and then of values, to the first; four columns a thread.

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(FewMembersGradTraits::kThreads, FewMembersGrad
         return chunk;
     };
     const auto gradient_row = [&](const void* pieces, int index, int bh) {
-        return gradient_columns<S>(p, pieces, landmark_row(p, plan, index, bh), column);
+        return gradient_columns<S>(p, pieces, landmark_row(p, plan.chunks, index, bh), column);
     };
 
     const auto* const query_mean = static_cast<const char*>(p.query_mean);
@@ -267,24 +267,26 @@ __global__ void __launch_bounds__(FewMembersGradTraits::kThreads, FewMembersGrad
                 out(branch) + (head_dim + 1) * head_dim, reinterpret_cast<float*>(shared.mean), head_dim);
 }
 
-inline bool has_few_members(const SummaryParams& p) {
-    const Geometry& g = p.shape.geometry;
-    return p.shape.head_dim <= FewMembersGradTraits::kHeadDim &&
-           g.chunk_height * g.chunk_width <= FewMembersGradTraits::kMembers;
+// The fewest that end as soon as what fills the GPUs of the day, by the shape alone.
+inline int64_t count_few_members_blocks(const SummaryParams& p) {
+    using Traits = FewMembersGradTraits;
+    const int64_t chunks = p.shape.batch * p.shape.heads * p.shape.geometry.num_chunks(),
+                  tiles = detail::max(1, detail::ceil_div(chunks, Traits::kRows));
+    return detail::ceil_div(tiles, detail::ceil_div(tiles, 132 * Traits::kCtasPerSm));
 }
 
 template <class S>
 bool launch_chunk_summary_bwd_few(const SummaryParams& p, cudaStream_t stream) {
     using Traits = FewMembersGradTraits;
-    if (!has_few_members(p)) return false;
+    if (!has_few_members(p.shape)) return false;
     const SummaryGradPlan plan = plan_chunk_summary_bwd<S, Traits::kHeadDim>(p);
     if (plan.total == 0) return true;
     const auto kernel = p.has_query_projection ? chunk_summary_bwd_few_kernel<S, true>
                                                : chunk_summary_bwd_few_kernel<S, false>;
     static LimitsOf limits_of[2];
     limits_of[p.has_query_projection](kernel);
-    launch_dependent(kernel, count_blocks_in_turn<Traits>(p), Traits::kThreads, sizeof(Traits::Shared),
-                     stream, p, plan);
+    launch_dependent(kernel, count_few_members_blocks(p), Traits::kThreads, sizeof(Traits::Shared), stream, p,
+                     plan);
     return true;
 }
 

@@ -191,7 +191,7 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
                 // Every other four rows are permuted the other way round.
                 const uint32_t to = (first_copy ^ i % 2 * 64) +
                                     (which * kSlots + i * Traits::kRowsPerCopy) * Traits::kRowBytes;
-                copy_async_of(offset | outside, to, column);
+                copy_async_row(offset | outside, sizeof(uint4), to, column);
             }
         }
         copy_commit();

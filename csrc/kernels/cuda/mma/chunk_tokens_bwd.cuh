@@ -57,6 +57,10 @@ struct ChunkTokensPlan {
             .batch = static_cast<int>(batch),
         };
     }
+    // In the chunks' arrays.
+    __device__ int row(const ChunkCursor& at) const {
+        return ((at.batch * heads + at.head) * rows + at.y) * columns + at.x;
+    }
     __device__ void advance(ChunkCursor& at) const {
         at.head += step.head;
         at.x += step.x;
@@ -159,10 +163,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const auto load_rows = [&] {
         const bool shares = p.pieces > 1; // the pieces' sum, between the groups of a warp that have one chunk
         if (at.batch < plan.batches && inside) {
-            const int bh = at.batch * plan.heads + at.head, chunks = plan.rows * plan.columns;
-            const int64_t row = bh * chunks + at.y * plan.columns + at.x;
-            const int64_t gradient_row = row + bh * (p.pieces * p.global_columns - chunks);
-            omega = load8(static_cast<const float*>(p.omega_rows) + row * head_dim + column);
+            const int row = plan.row(at);
+            const int64_t gradient_row =
+                landmark_row(p, plan.rows * plan.columns, row, at.batch * plan.heads + at.head);
+            omega = load8(static_cast<const float*>(p.omega_rows) + (int64_t{row} * head_dim + column));
             grad_beta =
                 load_pieces<S>(p, gradient_columns<S>(p, p.grad_landmark_value, gradient_row, column),
                                shares ? threadIdx.x % lanes / kLanes : 0, shares ? lanes / kLanes : 1);
@@ -183,7 +187,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         const Chunk chunk = chunk_at(at);
         const bool exists = chunk.height > 0;
         const int bh = at.batch * plan.heads + at.head;
-        const int row = (bh * plan.rows + at.y) * plan.columns + at.x;
+        const int row = plan.row(at);
         const int64_t to = int64_t{row} * head_dim + column;
         float* const token_weight = static_cast<float*>(p.token_weight) + int64_t{bh} * num_tokens;
         float* const token_grad = static_cast<float*>(p.token_grad) + int64_t{bh} * num_tokens;

@@ -12,9 +12,7 @@ namespace eva_attn::cuda::mma {
 constexpr int kWarpgroupSize = 128;
 
 // Barriers 1 onward belong to the warpgroups.
-__device__ inline void warpgroup_sync(int warpgroup) {
-    asm volatile("bar.sync %0, %1;\n" ::"r"(1 + warpgroup), "n"(kWarpgroupSize) : "memory");
-}
+__device__ inline void warpgroup_sync(int warpgroup) { sync_threads(1 + warpgroup, kWarpgroupSize); }
 // One arrival, when the whole warp is done.
 __device__ inline void release(uint64_t* barrier) {
     __syncwarp();

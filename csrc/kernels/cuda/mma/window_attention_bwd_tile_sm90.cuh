@@ -484,9 +484,7 @@ struct TileGradSm90 {
         }
     }
 
-    __device__ static void consumers_sync() {
-        asm volatile("bar.sync 8, %0;\n" ::"n"(Traits::kConsumers) : "memory");
-    }
+    __device__ static void consumers_sync() { sync_threads(8, Traits::kConsumers); }
     // Of a head, divided by the scale.
     __device__ void fill_bias(int head) const {
         consumers_sync();

@@ -375,9 +375,7 @@ struct AttentionSm90 {
   private:
     __device__ bool is_causal() const { return kHasBias && p.shape.geometry.is_causal; }
 
-    __device__ static void consumers_sync() {
-        asm volatile("bar.sync 8, %0;\n" ::"n"(Traits::kConsumers) : "memory");
-    }
+    __device__ static void consumers_sync() { sync_threads(8, Traits::kConsumers); }
 
     // Of the CTA's, by number.
     __device__ int last_sequence() const {
