@@ -1,5 +1,5 @@
-// Landmarks of small chunks, forward. A warp takes as many chunks of a batch as fit into its 64 slots for
-// tokens, eight at most, and needs no other warp. The members' rows lie in shared memory; all that belongs to
+// Landmarks of small chunks, forward. A warp takes as many chunks of a batch as fit into its slots for tokens,
+// eight at most, and needs no other warp. The members' rows lie in shared memory; all that belongs to
 // the chunks is in fragments of tensor cores, a chunk in each row, so that a product's result is the next
 // one's factor: sums of queries and keys over the members, projections of the means, the members' logits,
 // sums of values. Where a float is a factor, its high half is in the first eight rows of an operand and its
@@ -13,11 +13,10 @@
 
 namespace eva_attn::cuda::mma {
 
-struct SummaryTileTraits {
-    static constexpr int kHeadDim = 64, kSlots = 64, kMaxChunks = 8;
-    static constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
-    static constexpr int kTiles = 64 / 8, kSteps = 64 / 16; // of a product's columns, of its sums
-    static constexpr int kOwned = kSlots / kWarpSize;       // slots that a lane finds the tokens of
+// What does not depend on the number of slots.
+struct SummaryTile {
+    static constexpr int kHeadDim = 64, kMaxChunks = 8;
+    static constexpr int kTiles = kHeadDim / 8, kSteps = kHeadDim / 16; // of a product's columns, of its sums
     static constexpr int kLanes = kHeadDim / 8, kRowsPerCopy = kWarpSize / kLanes, kRowBytes = 2 * kHeadDim;
 
     // Floats [8, 64], of chunks by channels or by slots: with group = lane / 4 and pair = 2 * (lane % 4), a
@@ -25,6 +24,15 @@ struct SummaryTileTraits {
     using EightRows = float[kTiles][2];
     using Factor = uint32_t[kSteps][4]; // such ones as left factors of products
     using Weights = ProjectionWeights<kHeadDim>;
+};
+
+// Fewer slots a warp leave room for more warps.
+template <int kSlots_>
+struct SummaryTileTraits : SummaryTile {
+    static constexpr int kSlots = kSlots_, kWarps = kSlots == 32 ? 12 : 8, kThreads = kWarps * kWarpSize;
+    static constexpr int kSlotTiles = kSlots / 8, kSlotSteps = kSlots / 16;
+    static constexpr int kOwned = kSlots / kWarpSize; // slots that a lane finds the tokens of
+
     template <class S>
     struct Shared {
         Weights weights[2];                                 // of the key's projection, of the query's
@@ -38,10 +46,10 @@ struct SummaryTilePlan {
     int chunks_per_tile, tiles_per_batch, num_tiles;
 };
 
-template <class S>
-__device__ inline void split(SummaryTileTraits::Factor& a, const SummaryTileTraits::EightRows& x) {
+template <class S, int kTiles>
+__device__ inline void split(uint32_t (&a)[kTiles / 2][4], const float (&x)[kTiles][2]) {
 #pragma unroll
-    for (int n = 0; n < SummaryTileTraits::kTiles; ++n) {
+    for (int n = 0; n < kTiles; ++n) {
         const SplitPair pair = split<S>(x[n][0], x[n][1]);
         a[n / 2][n % 2 * 2] = pair.high;
         a[n / 2][n % 2 * 2 + 1] = pair.low;
@@ -51,12 +59,12 @@ __device__ inline float add_halves(const float (&product)[4], int i) { return pr
 
 // The first `columns` of a row, in S, eight bytes a lane.
 template <class S>
-__device__ inline void store_row(S* row, const SummaryTileTraits::EightRows& x, int columns) {
+__device__ inline void store_row(S* row, const SummaryTile::EightRows& x, int columns) {
     // A lane of a pair takes four columns of the first eight, the other four of the last.
     const int lane = threadIdx.x % kWarpSize, odd = lane & 1, first = odd * 8 + lane % 4 / 2 * 4;
     S* const to = row + first;
 #pragma unroll
-    for (int n = 0; n < SummaryTileTraits::kTiles; n += 2) {
+    for (int n = 0; n < SummaryTile::kTiles; n += 2) {
         const uint32_t left = pack<S>(x[n][0], x[n][1]), right = pack<S>(x[n + 1][0], x[n + 1][1]);
         const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
         if (8 * n < columns - first)
@@ -65,16 +73,16 @@ __device__ inline void store_row(S* row, const SummaryTileTraits::EightRows& x, 
 }
 
 // The rows' projection.
-__device__ inline void project(SummaryTileTraits::EightRows& x, const SummaryTileTraits::Weights& weights,
+__device__ inline void project(SummaryTile::EightRows& x, const SummaryTile::Weights& weights,
                                int head_dim, float eps, bool norm) {
-    constexpr int kHeadDim = SummaryTileTraits::kHeadDim, kTiles = SummaryTileTraits::kTiles,
-                  kSteps = SummaryTileTraits::kSteps;
+    constexpr int kHeadDim = SummaryTile::kHeadDim, kTiles = SummaryTile::kTiles,
+                  kSteps = SummaryTile::kSteps;
     using Rows = SplitRows<kHeadDim>;
     const int lane = threadIdx.x % kWarpSize, pair = lane % 4 * 2;
     const auto vector = [&](const float (&data)[kHeadDim], int n) {
         return *reinterpret_cast<const float2*>(data + place_of_float<kHeadDim>(8 * n + pair));
     };
-    SummaryTileTraits::Factor a;
+    SummaryTile::Factor a;
     split<__nv_bfloat16>(a, x);
     const uint32_t rows = weights.linear().address(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     float sum = 0, squares = 0;
@@ -116,12 +124,11 @@ __device__ inline void project(SummaryTileTraits::EightRows& x, const SummaryTil
     }
 }
 
-template <class S>
+template <class S, class Traits>
 __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTilePlan& plan,
-                                       SummaryTileTraits::Shared<S>& shared) {
-    using Traits = SummaryTileTraits;
+                                       typename Traits::template Shared<S>& shared) {
     constexpr int kSlots = Traits::kSlots, kTiles = Traits::kTiles, kSteps = Traits::kSteps,
-                  kOwned = Traits::kOwned;
+                  kSlotTiles = Traits::kSlotTiles, kSlotSteps = Traits::kSlotSteps, kOwned = Traits::kOwned;
     constexpr int kQuery = 0, kKey = 1, kValue = 2;
     auto& weights = shared.weights;
     // By a shuffle, so that the compiler takes branches on it for ones that no lanes part at.
@@ -204,16 +211,17 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
     copy(kQuery, p.query, next, has_mu && tile < plan.num_tiles);
     copy(kKey, p.key, next, tile < plan.num_tiles);
     copy(kValue, p.value, next, tile < plan.num_tiles);
-    if (p.has_projection) weights[0].template load<S, Traits::kThreads>(p.key_projection, head_dim);
-    if (p.has_query_projection) weights[1].template load<S, Traits::kThreads>(p.query_projection, head_dim);
+    constexpr int kLoaders = 256; // threads that load weights
+    if (threadIdx.x < kLoaders) {
+        if (p.has_projection) weights[0].template load<S, kLoaders>(p.key_projection, head_dim);
+        if (p.has_query_projection) weights[1].template load<S, kLoaders>(p.query_projection, head_dim);
+    }
     __syncthreads();
 
     // Slots are bits where `Chunks::valid` has them; shifted by `first_bit`, those of the columns pair and
     // pair + 1 of every eight are at the same places for all lanes.
     const int group = lane / 4, pair = lane % 4 * 2, first_bit = lane % 2 * 16 + lane % 4 / 2;
-    const auto column_bit = [](const uint32_t* bits, int n, int i) {
-        return bits[n / 4] >> (8 * i + n % 4 * 2) & 1;
-    };
+    const auto column_bit = [](uint32_t bits, int n, int i) { return bits >> (8 * i + n % 4 * 2) & 1; };
     uint32_t own_slots[kOwned] = {}; // of the chunk in this lane's row of eight
 #pragma unroll
     for (int i = 0; i < kOwned; ++i)
@@ -222,11 +230,11 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
             const uint32_t slots = __ballot_sync(0xffffffffu, slot_chunk[i] == chunk);
             if (chunk == group) own_slots[i] = slots;
         }
-    uint32_t belongs[kSteps][2]; // [8 chunks, kSlots]: 1 where the slot is the chunk's
+    uint32_t belongs[kSlotSteps][2]; // [8 chunks, kSlots]: 1 where the slot is the chunk's
     const uint32_t ones = pack<S>(1.0f, 1.0f);
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-        const uint32_t bits[] = {own_slots[0] >> first_bit, own_slots[1] >> first_bit};
+    for (int n = 0; n < kSlotTiles; ++n) {
+        const uint32_t bits = own_slots[n / 4] >> first_bit;
         belongs[n / 2][n % 2] =
             (column_bit(bits, n, 0) ? ones & 0xffffu : 0) | (column_bit(bits, n, 1) ? ones & 0xffff0000u : 0);
     }
@@ -251,7 +259,7 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
         }
         const float factor = 1.0f / static_cast<float>(p.mean_divisor ? p.mean_divisor : max(count, 1));
         const int columns = row >= 0 ? head_dim : 0; // to be written
-        Traits::EightRows omega = {};
+        SummaryTile::EightRows omega = {};
         if (p.noise) {
             const auto* const from = static_cast<const float*>(p.noise) + (to + pair);
 #pragma unroll
@@ -280,13 +288,13 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
         };
         if (has_mu) {
 #pragma unroll
-            for (int s = 0; s < kSteps; ++s) add_members(kQuery, s, {0, belongs[s][0], 0, belongs[s][1]});
+            for (int s = 0; s < kSlotSteps; ++s) add_members(kQuery, s, {0, belongs[s][0], 0, belongs[s][1]});
         }
         __syncwarp();
         copy(kQuery, p.query, next, has_mu && more);
 #pragma unroll
-        for (int s = 0; s < kSteps; ++s) add_members(kKey, s, {belongs[s][0], 0, belongs[s][1], 0});
-        Traits::EightRows key, query;
+        for (int s = 0; s < kSlotSteps; ++s) add_members(kKey, s, {belongs[s][0], 0, belongs[s][1], 0});
+        SummaryTile::EightRows key, query;
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
@@ -295,14 +303,16 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
                 query[n][i] = sums[n][i + 2] * factor;
             }
 
-        const auto store_floats = [&](void* rows, const Traits::EightRows& x) {
+        const auto store_floats = [&](void* rows, const SummaryTile::EightRows& x) {
             auto* const row = static_cast<float*>(rows) + (to + pair);
 #pragma unroll
             for (int n = 0; n < kTiles; ++n)
                 if (8 * n < columns) *reinterpret_cast<float2*>(row + 8 * n) = float2{x[n][0], x[n][1]};
         };
-        store_floats(p.key_mean, key);
-        if (has_mu) store_floats(p.query_mean, query);
+        if (!p.rounded_mean) store_floats(p.key_mean, key);
+        if (has_mu)
+            p.rounded_mean ? store_row(static_cast<S*>(p.query_mean) + to, query, columns)
+                           : store_floats(p.query_mean, query);
         // Landmark keys and omega.
         if (p.has_projection)
             project(key, weights[0], head_dim, eps, p.key_projection.norm_weight != nullptr);
@@ -318,13 +328,13 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
         if (p.omega_rows) store_floats(p.omega_rows, omega);
 
         // Weights of the members, by logits in units of log 2.
-        Traits::EightRows logit; // [8 chunks, kSlots]
+        float logit[kSlotTiles][2]; // [8 chunks, kSlots], like EightRows
         float largest = -kInfinity, total = 0.0f;
         {
-            Traits::Factor a;
+            SummaryTile::Factor a;
             split<S>(a, omega);
 #pragma unroll
-            for (int s = 0; s < kSteps; ++s) {
+            for (int s = 0; s < kSlotSteps; ++s) {
                 float products[2][4] = {}, squares[2][4] = {}; // squared norms of keys are on the diagonal
 #pragma unroll
                 for (int k = 0; k < kSteps; ++k) {
@@ -344,7 +354,7 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
                             __shfl_sync(0xffffffffu, squares[n][2 * n + i], 9 * (lane % 4) + 4 * i);
                         float& x = logit[2 * s + n][i];
                         x = scale * (add_halves(products[n], i) - 0.5f * norm);
-                        if (!column_bit(valid, 2 * s + n, i)) x = -kInfinity;
+                        if (!column_bit(valid[(2 * s + n) / 4], 2 * s + n, i)) x = -kInfinity;
                         largest = fmaxf(largest, x);
                     }
             }
@@ -354,22 +364,22 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
         largest = quad_max(largest);
         if (largest == -kInfinity) largest = 0.0f;
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n)
+        for (int n = 0; n < kSlotTiles; ++n)
 #pragma unroll
             for (int i = 0; i < 2; ++i) total += logit[n][i] = exp2_approx(logit[n][i] - largest);
         total = quad_sum(total);
 
         // Landmark values.
-        Traits::Factor a;
+        uint32_t a[kSlotSteps][4];
         split<S>(a, logit);
         copy_wait<2>(); // this tile's
         __syncwarp();
-        Traits::EightRows value;
+        SummaryTile::EightRows value;
 #pragma unroll
         for (int n = 0; n < kTiles; n += 2) {
             float products[2][4] = {};
 #pragma unroll
-            for (int s = 0; s < kSteps; ++s) {
+            for (int s = 0; s < kSlotSteps; ++s) {
                 uint32_t b[4];
                 load_matrix_transposed(b, address(kValue, s, n));
                 multiply_add<S>(products[0], a[s], b[0], b[1]);
@@ -393,21 +403,21 @@ constexpr bool kHasSummaryTiles = true;
 #else
 constexpr bool kHasSummaryTiles = false;
 #endif
-template <class S>
-__global__ void __launch_bounds__(kHasSummaryTiles ? SummaryTileTraits::kThreads : kWarpSize, 1)
+template <class S, int kSlots>
+__global__ void __launch_bounds__(kHasSummaryTiles ? SummaryTileTraits<kSlots>::kThreads : kWarpSize, 1)
     chunk_summary_fwd_tile_kernel(const __grid_constant__ SummaryParams p,
                                   const __grid_constant__ SummaryTilePlan plan) {
     if constexpr (kHasSummaryTiles) {
+        using Traits = SummaryTileTraits<kSlots>;
         extern __shared__ __align__(1024) char memory[];
-        summarise_tiles<S>(p, plan, *reinterpret_cast<SummaryTileTraits::Shared<S>*>(memory));
+        summarise_tiles<S, Traits>(p, plan, *reinterpret_cast<typename Traits::template Shared<S>*>(memory));
     }
 }
 
-// False where the chunks are not small, or have a kernel of their own because they are very small, or this
-// one was not compiled for the device.
-template <class S>
+// False where the chunks are not small, or this kernel was not compiled for the device.
+template <class S, int kSlots>
 bool launch_chunk_summary_fwd_tile(const SummaryParams& p, cudaStream_t stream) {
-    using Traits = SummaryTileTraits;
+    using Traits = SummaryTileTraits<kSlots>;
     const Geometry& g = p.shape.geometry;
     const ChunkBoxes chunks = ChunkBoxes::of(g);
     const int members = chunks.members.size();
@@ -416,12 +426,12 @@ bool launch_chunk_summary_fwd_tile(const SummaryParams& p, cudaStream_t stream) 
         return (p.shape.heads - 1) * rows.head_stride + (g.num_tokens() - 1) * rows.token_stride <=
                int64_t{8} * INT_MAX;
     };
-    if (p.shape.head_dim > Traits::kHeadDim || members <= kFewMembers || members > Traits::kSlots ||
-        !countable(p.query) || !countable(p.key) || !countable(p.value))
+    if (p.shape.head_dim > Traits::kHeadDim || members > Traits::kSlots || !countable(p.query) ||
+        !countable(p.key) || !countable(p.value))
         return false;
 
-    const auto kernel = chunk_summary_fwd_tile_kernel<S>;
-    constexpr int kBytes = sizeof(Traits::Shared<S>);
+    const auto kernel = chunk_summary_fwd_tile_kernel<S, kSlots>;
+    constexpr int kBytes = sizeof(typename Traits::template Shared<S>);
     static LimitsOf limits_of;
     const KernelLimits& limits = limits_of(kernel);
     if (limits.threads < Traits::kThreads || limits.shared_bytes < kBytes) return false;
@@ -438,6 +448,14 @@ bool launch_chunk_summary_fwd_tile(const SummaryParams& p, cudaStream_t stream) 
     launch_dependent(kernel, std::min(plan.num_tiles, multiprocessors()), Traits::kThreads, kBytes, stream, p,
                      plan);
     return true;
+}
+
+template <class S>
+bool launch_chunk_summary_fwd_tile(const SummaryParams& p, cudaStream_t stream) {
+    using Narrow = SummaryTileTraits<32>;
+    const int members = ChunkBoxes::of(p.shape.geometry).members.size();
+    return members * Narrow::kMaxChunks <= Narrow::kSlots ? launch_chunk_summary_fwd_tile<S, 32>(p, stream)
+                                                          : launch_chunk_summary_fwd_tile<S, 64>(p, stream);
 }
 
 } // namespace eva_attn::cuda::mma
