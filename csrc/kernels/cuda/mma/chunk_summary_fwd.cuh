@@ -323,10 +323,13 @@ __global__ void __launch_bounds__(SummaryFwdTraits<kHeadDim>::kThreads,
             } else {
                 *reinterpret_cast<Float8*>(partial[own_partial][which] + column) = mean[which];
             }
-            if (inside && (which == 0 || has_mu)) {
-                auto* saved = static_cast<float*>(which == 0 ? p.key_mean : p.query_mean);
-                *reinterpret_cast<Float8*>(saved + own_row * head_dim + column) = mean[which];
-            }
+            if (!inside || (which == 1 ? !has_mu : p.rounded_mean)) continue;
+            void* const saved = which == 0 ? p.key_mean : p.query_mean;
+            const int64_t to = own_row * head_dim + column;
+            if (p.rounded_mean)
+                *reinterpret_cast<uint4*>(static_cast<S*>(saved) + to) = pack8<S>(mean[which]);
+            else
+                *reinterpret_cast<Float8*>(static_cast<float*>(saved) + to) = mean[which];
         }
     }
     __syncthreads();
@@ -468,166 +471,6 @@ __global__ void __launch_bounds__(SummaryFwdTraits<kHeadDim>::kThreads,
     }
 }
 
-// Chunks of a few members, all rows of which the lanes of a group read at once: keys are read only once, and
-// nothing but the products is shared between warps.
-struct FewMembersTraits {
-    static constexpr int kHeadDim = kFewMembersHeadDim, kLanes = kHeadDim / 8;
-    static constexpr int kMembers = kFewMembers;
-    static constexpr int kThreads = 256, kRows = kThreads / kLanes, kCtasPerSm = 2;
-    static constexpr int kParts = kHeadDim / 16; // of a product, each a warp's
-    static_assert(kThreads / kWarpSize == 2 * kParts);
-
-    struct Shared { // of the key's projection, of the query's
-        ProjectionWeights<kHeadDim> weights[2];
-        alignas(4 * kHeadDim) __nv_bfloat16 mean[2][kRows * 2 * kHeadDim];
-        __nv_bfloat16 output[2][kRows * 2 * kHeadDim];
-    };
-};
-
-template <class S>
-__global__ void __launch_bounds__(FewMembersTraits::kThreads, FewMembersTraits::kCtasPerSm)
-    chunk_summary_fwd_few_kernel(const __grid_constant__ SummaryParams p,
-                                 const __grid_constant__ SummaryFwdPlan plan) {
-    using Traits = FewMembersTraits;
-    using Means = SplitRows<Traits::kHeadDim>;
-    constexpr int kLanes = Traits::kLanes, kMembers = Traits::kMembers;
-    extern __shared__ __align__(1024) char memory[];
-    auto& shared = *reinterpret_cast<Traits::Shared*>(memory);
-    wait_for_dependencies();
-
-    const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
-    const bool has_mu = !p.has_projection || p.has_query_projection;
-    const int branches = has_mu ? 2 : 1;
-    const int warp = threadIdx.x / kWarpSize;
-    const int group = threadIdx.x / kLanes, column = threadIdx.x % kLanes * 8;
-    const bool inside = column < head_dim;
-    const float reciprocal_dim = 1.0f / static_cast<float>(head_dim);
-    const auto projection = [&](int branch) -> const Projection& {
-        return branch ? p.query_projection : p.key_projection;
-    };
-    for (int branch = 0; p.has_projection && branch < branches; ++branch)
-        shared.weights[branch].template load<S, Traits::kThreads>(projection(branch), head_dim);
-
-    for (int first = blockIdx.x * Traits::kRows; first < plan.num_rows; first += gridDim.x * Traits::kRows) {
-        const bool exists = first + group < plan.num_rows;
-        const auto at = plan.row(min(first + group, plan.num_rows - 1), heads);
-        const TokenBox box = plan.chunks.box(at.chunk);
-        int token[kMembers], count = 0;
-#pragma unroll
-        for (int u = 0; u < kMembers; ++u) {
-            const int y = divide(u, plan.chunks.members.width_reciprocal),
-                      x = u - y * plan.chunks.members.width;
-            const bool valid =
-                exists & (u < plan.chunks.members.size()) &
-                (static_cast<unsigned>(box.y0 + y) < static_cast<unsigned>(plan.chunks.grid_height)) &
-                (static_cast<unsigned>(box.x0 + x) < static_cast<unsigned>(plan.chunks.grid_width));
-            token[u] = valid ? box.first_token() + y * plan.chunks.grid_width + x : -1;
-        }
-        if (p.key_padding_mask) {
-            const bool* const mask = p.key_padding_mask + at.batch * p.shape.geometry.num_tokens();
-#pragma unroll
-            for (int u = 0; u < kMembers; ++u)
-                if (token[u] >= 0 && mask[token[u]]) token[u] = -1;
-        }
-        const auto load = [&](uint4(&x)[kMembers], const Rows& rows) {
-            const auto* const data =
-                reinterpret_cast<const char*>(head_rows<S>(rows, at.batch, at.head) + column);
-            const int stride = static_cast<int>(rows.token_stride) * static_cast<int>(sizeof(S));
-#pragma unroll
-            for (int u = 0; u < kMembers; ++u)
-                x[u] =
-                    load_streaming(data + static_cast<int64_t>(token[u]) * stride, token[u] >= 0 && inside);
-        };
-        uint4 key[kMembers], value[kMembers];
-        Float8 mean[2] = {};
-        {
-            uint4 query[kMembers] = {};
-            load(key, p.key);
-            if (has_mu) load(query, p.query);
-#pragma unroll
-            for (int u = 0; u < kMembers; ++u) {
-                count += token[u] >= 0;
-                const Float8 k = unpack8<S>(key[u]), q = unpack8<S>(query[u]);
-#pragma unroll
-                for (int i = 0; i < 8; ++i) mean[0].x[i] += k.x[i], mean[1].x[i] += q.x[i];
-            }
-        }
-        load(value, p.value);
-        const int64_t to =
-            ((static_cast<int64_t>(at.batch) * heads + at.head) * plan.chunks.count + at.chunk) * head_dim +
-            column;
-        const float factor = 1.0f / static_cast<float>(p.mean_divisor ? p.mean_divisor : max(count, 1));
-#pragma unroll
-        for (int branch = 0; branch < 2; ++branch) {
-            if (branch == branches) break;
-#pragma unroll
-            for (int i = 0; i < 8; ++i) mean[branch].x[i] *= factor;
-            if (exists && inside) {
-                if (!p.rounded_mean)
-                    *reinterpret_cast<Float8*>(static_cast<float*>(branch ? p.query_mean : p.key_mean) + to) =
-                        mean[branch];
-                else if (branch)
-                    *reinterpret_cast<uint4*>(static_cast<S*>(p.query_mean) + to) = pack8<S>(mean[1]);
-            }
-            if (p.has_projection) Means{{shared.mean[branch]}}.store(group, column, mean[branch]);
-        }
-        if (p.has_projection) {
-            __syncthreads();
-            if (const int branch = warp / Traits::kParts; branch < branches) {
-                const int from = warp % Traits::kParts * 16;
-                float product[Traits::kRows / 16][2][4];
-                multiply_weight<true>(product, Means{{shared.mean[branch]}}, shared.weights[branch].linear(),
-                                      from);
-                store_product(Means{{shared.output[branch]}}, product, from);
-            }
-            __syncthreads();
-#pragma unroll
-            for (int branch = 0; branch < 2; ++branch) {
-                if (branch == branches) break;
-                mean[branch] = Means{{shared.output[branch]}}.load_floats(group, column);
-                shared.weights[branch].template finish<kLanes>(mean[branch], column, inside, reciprocal_dim,
-                                                               static_cast<float>(p.norm_eps),
-                                                               projection(branch).norm_weight != nullptr);
-            }
-        }
-        // Now landmarks. Their omega takes the place of the query's.
-        if (exists && inside)
-            *reinterpret_cast<uint4*>(static_cast<S*>(p.landmark_key) + to) = pack8<S>(mean[0]);
-        Float8 omega{};
-        if (p.noise && exists && inside) omega = load8(static_cast<const float*>(p.noise) + to);
-        if (has_mu) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i)
-                omega.x[i] += static_cast<float>(p.mu_scale) * (mean[0].x[i] + mean[1].x[i]);
-        }
-        const float scale = static_cast<float>(p.scale) * kLog2e;
-        float logit[kMembers], largest = -kInfinity, total = 0.0f;
-#pragma unroll
-        for (int u = 0; u < kMembers; ++u) {
-            const Float8 k = unpack8<S>(key[u]);
-            float sum = 0.0f;
-#pragma unroll
-            for (int i = 0; i < 8; ++i) sum += k.x[i] * (omega.x[i] - 0.5f * k.x[i]);
-            logit[u] = lanes_sum<kLanes>(sum) * scale;
-            if (token[u] < 0) logit[u] = -kInfinity;
-            largest = fmaxf(largest, logit[u]);
-        }
-        if (largest == -kInfinity) largest = 0.0f;
-#pragma unroll
-        for (int u = 0; u < kMembers; ++u) total += logit[u] = exp2_approx(logit[u] - largest);
-        const float reciprocal = total > 0.0f ? 1.0f / total : 0.0f;
-        Float8 sum{};
-#pragma unroll
-        for (int u = 0; u < kMembers; ++u) {
-            const Float8 v = unpack8<S>(value[u]);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) sum.x[i] += logit[u] * reciprocal * v.x[i];
-        }
-        if (exists && inside)
-            *reinterpret_cast<uint4*>(static_cast<S*>(p.landmark_value) + to) = pack8<S>(sum);
-    }
-}
-
 // As many rows, up to `most`, as fill the machine's `slots` for CTAs most evenly.
 inline int count_rows_per_cta(int num_rows, int most, int slots) {
     int best = 1;
@@ -657,16 +500,6 @@ void launch_chunk_summary_fwd(const SummaryParams& p, cudaStream_t stream) {
         .rows_per_cta = 0,
     };
     if (plan.num_rows == 0) return;
-    if (kHeadDim == FewMembersTraits::kHeadDim && plan.chunks.members.size() <= FewMembersTraits::kMembers) {
-        using Few = FewMembersTraits;
-        const auto kernel = chunk_summary_fwd_few_kernel<S>;
-        static LimitsOf limits_of;
-        limits_of(kernel);
-        const int64_t blocks =
-            detail::min(detail::ceil_div(plan.num_rows, Few::kRows), multiprocessors() * Few::kCtasPerSm);
-        launch_dependent(kernel, blocks, Few::kThreads, sizeof(Few::Shared), stream, p, plan);
-        return;
-    }
     const auto members_per_part = [&] {
         const int64_t members = detail::ceil_div(plan.chunks.members.size(), int64_t{1} << plan.parts_log2);
         return static_cast<int>(detail::ceil_div(members, Traits::kUnroll) * Traits::kUnroll);

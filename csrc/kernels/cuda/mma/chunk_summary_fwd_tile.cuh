@@ -26,18 +26,19 @@ struct SummaryTile {
     using Weights = ProjectionWeights<kHeadDim>;
 };
 
-// Fewer slots a warp leave room for more warps.
+// Chunks of up to four members fill 32 slots, which leaves room for more warps.
 template <int kSlots_>
 struct SummaryTileTraits : SummaryTile {
-    static constexpr int kSlots = kSlots_, kWarps = kSlots == 32 ? 12 : 8, kThreads = kWarps * kWarpSize;
-    static constexpr int kSlotTiles = kSlots / 8, kSlotSteps = kSlots / 16;
+    static constexpr int kSlots = kSlots_, kSlotTiles = kSlots / 8, kSlotSteps = kSlots / 16;
     static constexpr int kOwned = kSlots / kWarpSize; // slots that a lane finds the tokens of
-
-    template <class S>
-    struct Shared {
-        Weights weights[2];                                 // of the key's projection, of the query's
-        alignas(128) S slots[kWarps][3][kSlots * kHeadDim]; // rows of queries, keys, values
-    };
+    static_assert(kSlots >= kMaxChunks * kFewMembers);
+    static constexpr int kWarps = kSlots == 32 ? 12 : 8, kThreads = kWarps * kWarpSize; // at most
+    static constexpr int kFewestWarps = kSlots == 32 ? 4 : 8; // with fewer, other kernels are faster
+    static constexpr int kLoaders = kFewestWarps * kWarpSize; // threads that load weights
+    // Of shared memory: the key's projection and the query's; a warp's rows of queries, keys and values.
+    static constexpr int kWeightsBytes = 2 * sizeof(Weights), kWarpBytes = 3 * kSlots * kRowBytes;
+    static_assert(kWeightsBytes % kRowBytes == 0);
+    static_assert(kWeightsBytes + kFewestWarps * kWarpBytes <= 99 << 10 || kSlots > 32); // what all GPUs have
 };
 
 struct SummaryTilePlan {
@@ -126,14 +127,15 @@ __device__ inline void project(SummaryTile::EightRows& x, const SummaryTile::Wei
 
 template <class S, class Traits>
 __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTilePlan& plan,
-                                       typename Traits::template Shared<S>& shared) {
+                                       char* memory) {
     constexpr int kSlots = Traits::kSlots, kTiles = Traits::kTiles, kSteps = Traits::kSteps,
                   kSlotTiles = Traits::kSlotTiles, kSlotSteps = Traits::kSlotSteps, kOwned = Traits::kOwned;
     constexpr int kQuery = 0, kKey = 1, kValue = 2;
-    auto& weights = shared.weights;
+    auto* const weights = reinterpret_cast<SummaryTile::Weights*>(memory);
     // By a shuffle, so that the compiler takes branches on it for ones that no lanes part at.
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0), lane = threadIdx.x % kWarpSize;
-    const auto rows_of = [&](int which) { return Tile<S, Traits::kHeadDim>{shared.slots[warp][which]}; };
+    auto* const slots = reinterpret_cast<S*>(memory + Traits::kWeightsBytes + warp * Traits::kWarpBytes);
+    const Tile<S, Traits::kHeadDim> rows{slots};
     const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
     const bool has_mu = !p.has_projection || p.has_query_projection;
 
@@ -187,7 +189,7 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
         }
         return found;
     };
-    const uint32_t first_copy = shared_address(rows_of(0).unit(lane / Traits::kLanes, unit));
+    const uint32_t first_copy = shared_address(rows.unit(lane / Traits::kLanes, unit));
     const auto copy = [&](int which, const Rows& rows, const Chunks& chunks, bool wanted) {
         if (wanted) {
             const S* const column = head_rows<S>(rows, chunks.batch, 0) + unit * 8;
@@ -205,14 +207,13 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
     };
 
     wait_for_dependencies();
-    const int step = gridDim.x * Traits::kWarps;
+    const int step = gridDim.x * (blockDim.x / kWarpSize);
     int tile = blockIdx.x + gridDim.x * warp;
     Chunks next = find(tile);
     copy(kQuery, p.query, next, has_mu && tile < plan.num_tiles);
     copy(kKey, p.key, next, tile < plan.num_tiles);
     copy(kValue, p.value, next, tile < plan.num_tiles);
-    constexpr int kLoaders = 256; // threads that load weights
-    if (threadIdx.x < kLoaders) {
+    if (constexpr int kLoaders = Traits::kLoaders; threadIdx.x < kLoaders) {
         if (p.has_projection) weights[0].template load<S, kLoaders>(p.key_projection, head_dim);
         if (p.has_query_projection) weights[1].template load<S, kLoaders>(p.query_projection, head_dim);
     }
@@ -239,7 +240,7 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
             (column_bit(bits, n, 0) ? ones & 0xffffu : 0) | (column_bit(bits, n, 1) ? ones & 0xffff0000u : 0);
     }
     // Of the matrices of 16 slots and of 16 channels, those from 8 `first_unit` onward.
-    const uint32_t first_matrix = shared_address(rows_of(0).unit(lane % 16, lane / 16));
+    const uint32_t first_matrix = shared_address(rows.unit(lane % 16, lane / 16));
     const auto address = [&](int which, int s, int first_unit) {
         return (first_matrix ^ 16 * first_unit) + (which * kSlots + 16 * s) * Traits::kRowBytes;
     };
@@ -397,24 +398,15 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
     }
 }
 
-// Compiled for GPUs that give a block enough shared memory, as the launch bounds tell.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ / 100 == 9 || __CUDA_ARCH__ / 100 == 10)
-constexpr bool kHasSummaryTiles = true;
-#else
-constexpr bool kHasSummaryTiles = false;
-#endif
 template <class S, int kSlots>
-__global__ void __launch_bounds__(kHasSummaryTiles ? SummaryTileTraits<kSlots>::kThreads : kWarpSize, 1)
+__global__ void __launch_bounds__(SummaryTileTraits<kSlots>::kThreads, 1)
     chunk_summary_fwd_tile_kernel(const __grid_constant__ SummaryParams p,
                                   const __grid_constant__ SummaryTilePlan plan) {
-    if constexpr (kHasSummaryTiles) {
-        using Traits = SummaryTileTraits<kSlots>;
-        extern __shared__ __align__(1024) char memory[];
-        summarise_tiles<S, Traits>(p, plan, *reinterpret_cast<typename Traits::template Shared<S>*>(memory));
-    }
+    extern __shared__ __align__(1024) char memory[];
+    summarise_tiles<S, SummaryTileTraits<kSlots>>(p, plan, memory);
 }
 
-// False where the chunks are not small, or this kernel was not compiled for the device.
+// False where the chunks are not small, or a block can't have enough shared memory.
 template <class S, int kSlots>
 bool launch_chunk_summary_fwd_tile(const SummaryParams& p, cudaStream_t stream) {
     using Traits = SummaryTileTraits<kSlots>;
@@ -426,16 +418,16 @@ bool launch_chunk_summary_fwd_tile(const SummaryParams& p, cudaStream_t stream) 
         return (p.shape.heads - 1) * rows.head_stride + (g.num_tokens() - 1) * rows.token_stride <=
                int64_t{8} * INT_MAX;
     };
-    if (p.shape.head_dim > Traits::kHeadDim || members > Traits::kSlots || !countable(p.query) ||
-        !countable(p.key) || !countable(p.value))
+    if (p.shape.head_dim > Traits::kHeadDim || members > kSlots || !countable(p.query) || !countable(p.key) ||
+        !countable(p.value))
         return false;
 
     const auto kernel = chunk_summary_fwd_tile_kernel<S, kSlots>;
-    constexpr int kBytes = sizeof(typename Traits::template Shared<S>);
     static LimitsOf limits_of;
-    const KernelLimits& limits = limits_of(kernel);
-    if (limits.threads < Traits::kThreads || limits.shared_bytes < kBytes) return false;
-    const int chunks_per_tile = std::min(Traits::kSlots / members, Traits::kMaxChunks);
+    const int warps =
+        std::min(Traits::kWarps, (limits_of(kernel).shared_bytes - Traits::kWeightsBytes) / Traits::kWarpBytes);
+    if (warps < Traits::kFewestWarps) return false;
+    const int chunks_per_tile = std::min(kSlots / members, Traits::kMaxChunks);
     const int64_t tiles_per_batch = detail::ceil_div(g.num_chunks() * p.shape.heads, chunks_per_tile);
     const SummaryTilePlan plan{
         .chunks = chunks,
@@ -445,17 +437,16 @@ bool launch_chunk_summary_fwd_tile(const SummaryParams& p, cudaStream_t stream) 
         .num_tiles = static_cast<int>(tiles_per_batch * p.shape.batch),
     };
     if (plan.num_tiles == 0) return true;
-    launch_dependent(kernel, std::min(plan.num_tiles, multiprocessors()), Traits::kThreads, kBytes, stream, p,
-                     plan);
+    launch_dependent(kernel, std::min(plan.num_tiles, multiprocessors()), warps * kWarpSize,
+                     Traits::kWeightsBytes + warps * Traits::kWarpBytes, stream, p, plan);
     return true;
 }
 
 template <class S>
 bool launch_chunk_summary_fwd_tile(const SummaryParams& p, cudaStream_t stream) {
-    using Narrow = SummaryTileTraits<32>;
-    const int members = ChunkBoxes::of(p.shape.geometry).members.size();
-    return members * Narrow::kMaxChunks <= Narrow::kSlots ? launch_chunk_summary_fwd_tile<S, 32>(p, stream)
-                                                          : launch_chunk_summary_fwd_tile<S, 64>(p, stream);
+    const bool is_few = ChunkBoxes::of(p.shape.geometry).members.size() <= kFewMembers;
+    return is_few ? launch_chunk_summary_fwd_tile<S, 32>(p, stream)
+                  : launch_chunk_summary_fwd_tile<S, 64>(p, stream);
 }
 
 } // namespace eva_attn::cuda::mma

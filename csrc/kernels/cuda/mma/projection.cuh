@@ -325,13 +325,6 @@ struct ProjectionWeights {
 #pragma unroll
         for (int i = 0; i < 8; ++i) x.x[i] = x.x[i] * factor.x[i] + shift.x[i];
     }
-    template <int kLanes>
-    __device__ void finish(Float8& x, int column, bool inside, float reciprocal_dim, float eps,
-                           bool norm) const {
-        standardise<kLanes>(x, column, inside, reciprocal_dim, eps, norm);
-        scale(x, column);
-    }
-
     template <class S, int kThreads>
     __device__ void load(const Projection& a, int head_dim) {
         constexpr int kLanes = kHeadDim / 8, kRows = kThreads / kLanes, kCount = kHeadDim / kRows;
