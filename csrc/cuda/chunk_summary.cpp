@@ -87,7 +87,10 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
     }
     rounded_terms_ = backward.on_tensor_cores;
     const auto row_options = rounded_terms_ ? options.dtype(row_dtype_) : options;
-    for (Tensor* term : {&omega_, &grad_beta_}) *term = at::empty(per_chunk, row_options);
+    omega_ = at::empty(per_chunk, row_options);
+    params_.rounded_gradients =
+        backward.on_tensor_cores && grad_landmark_value.scalar_type() != accumulation_;
+    grad_beta_ = params_.rounded_gradients ? grad_landmark_value : at::empty(per_chunk, row_options);
     const Tensor grad_means = at::empty({2, heads, num_chunks, shape.head_dim}, row_options);
     grad_key_mean_ = grad_means.select(0, 0);
     grad_query_mean_ = grad_means.select(0, 1);
@@ -132,7 +135,6 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
     params_.grad_landmark_value = data(value_terms);
     params_.pieces = key_terms.size(1);
     params_.global_columns = key_terms.size(2);
-    params_.rounded_gradients = key_terms.scalar_type() != accumulation_;
     params_.omega = data(omega_);
     params_.grad_beta = data(grad_beta_);
     params_.grad_key_mean = data(grad_key_mean_);
@@ -156,6 +158,7 @@ void Summary::backward(const Tensor& grad_landmark_key, const Tensor& grad_landm
                              ProjectionGradients{
                                  .terms = data(grad_projections),
                                  .pieces = params_.projection_pieces,
+                                 .projections = params_.has_query_projection ? 2 : 1,
                                  .head_dim = shape.head_dim,
                                  .weight = {parameter(key_weight), parameter(query_weight)},
                                  .bias = {parameter(key_bias), parameter(query_bias)},

@@ -58,17 +58,17 @@ void Attention::backward_global(const Tensor& grad_output, Room& room) {
     params_.pieces = backward_.global_pieces(dtype_, params_);
     const int64_t heads = shape.batch * shape.heads;
     const int64_t columns = params_.num_landmarks + shape.geometry.num_prefix_tokens;
-    const int64_t sizes[] = {2, heads, params_.pieces, columns, shape.head_dim};
+    const int64_t sizes[] = {heads, params_.pieces, columns, shape.head_dim};
     const auto options = logsumexp_.options();
     delta_ = at::empty_like(logsumexp_);
     // Prefix keys' gradients are read while tokens' are written.
     const bool is_done_before = backward_.on_tensor_cores && shape.geometry.num_prefix_tokens == 0;
     params_.rounded_gradients = is_done_before && params_.pieces == 1;
     const auto row_options = params_.rounded_gradients ? output_.options() : options;
-    const Tensor grad_global =
-        is_done_before ? room.empty(sizes, row_options) : at::empty(sizes, row_options);
-    grad_global_key_ = grad_global.select(0, 0);
-    grad_global_value_ = grad_global.select(0, 1);
+    grad_global_key_ = is_done_before ? room.empty(sizes, row_options) : at::empty(sizes, row_options);
+    // Rounded, those of values are what the tokens' gradients need, too.
+    grad_global_value_ = is_done_before && !params_.rounded_gradients ? room.empty(sizes, row_options)
+                                                                      : at::empty(sizes, row_options);
     params_.delta = data(delta_);
     params_.grad_global_key = data(grad_global_key_);
     params_.grad_global_value = data(grad_global_value_);

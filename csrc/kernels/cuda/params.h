@@ -100,8 +100,8 @@ struct ProjectionGradients {
         void* data; // null: not wanted
         DType dtype;
     };
-    const void* terms; // T [pieces, 2, D + 3, D]
-    int64_t pieces, head_dim;
+    const void* terms;                                          // T [pieces, 2, D + 3, D]
+    int64_t pieces, projections, head_dim;                      // of so many projections there are terms
     Parameter weight[2], bias[2], norm_weight[2], norm_bias[2]; // of the key's and the query's projection
 };
 

@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(FewMembersGradTraits::kThreads, FewMembersGrad
                           ? unpack8<S>(*reinterpret_cast<const uint4*>(query_mean + at * mean_size))
                           : load8(reinterpret_cast<const float*>(query_mean + at * mean_size));
         copy_wait<0>();
-        store_row(p.grad_beta, grad_beta);
+        if (!p.rounded_gradients) store_row(p.grad_beta, grad_beta);
         float products[kMembers];
 #pragma unroll
         for (int u = 0; u < kMembers; ++u) {

@@ -1,5 +1,5 @@
-// Landmarks of small chunks, forward. A warp takes as many chunks of a batch as fit into its slots for tokens,
-// eight at most, and needs no other warp. The members' rows lie in shared memory; all that belongs to
+// Landmarks of small chunks, forward. A warp takes as many chunks of a batch as fit into its slots for
+// tokens, eight at most, and needs no other warp. The members' rows lie in shared memory; all that belongs to
 // the chunks is in fragments of tensor cores, a chunk in each row, so that a product's result is the next
 // one's factor: sums of queries and keys over the members, projections of the means, the members' logits,
 // sums of values. Where a float is a factor, its high half is in the first eight rows of an operand and its
@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/cuda/mma/chunk_summary_fwd.cuh"
 
@@ -34,7 +35,6 @@ struct SummaryTileTraits : SummaryTile {
     static_assert(kSlots >= kMaxChunks * kFewMembers);
     static constexpr int kWarps = kSlots == 32 ? 12 : 8, kThreads = kWarps * kWarpSize; // at most
     static constexpr int kFewestWarps = kSlots == 32 ? 4 : 8; // with fewer, other kernels are faster
-    static constexpr int kLoaders = kFewestWarps * kWarpSize; // threads that load weights
     // Of shared memory: the key's projection and the query's; a warp's rows of queries, keys and values.
     static constexpr int kWeightsBytes = 2 * sizeof(Weights), kWarpBytes = 3 * kSlots * kRowBytes;
     static_assert(kWeightsBytes % kRowBytes == 0);
@@ -73,9 +73,9 @@ __device__ inline void store_row(S* row, const SummaryTile::EightRows& x, int co
     }
 }
 
-// The rows' projection.
-__device__ inline void project(SummaryTile::EightRows& x, const SummaryTile::Weights& weights,
-                               int head_dim, float eps, bool norm) {
+// The rows' projection. Without `has_low` the low halves of weights are 0.
+__device__ inline void project(SummaryTile::EightRows& x, const SummaryTile::Weights& weights, int head_dim,
+                               float eps, bool norm, bool has_low) {
     constexpr int kHeadDim = SummaryTile::kHeadDim, kTiles = SummaryTile::kTiles,
                   kSteps = SummaryTile::kSteps;
     using Rows = SplitRows<kHeadDim>;
@@ -94,6 +94,7 @@ __device__ inline void project(SummaryTile::EightRows& x, const SummaryTile::Wei
         for (int half = 1; half >= 0; --half)
 #pragma unroll
             for (int k = 0; k < kSteps; ++k) {
+                if (half == 1 && !has_low) continue;
                 uint32_t b[4];
                 load_matrix(b, (rows ^ 32 * k) + 8 * n * Rows::kRowBytes + half * Rows::kLowBytes);
                 multiply_add<__nv_bfloat16>(product[0], a[k], b[0], b[1]);
@@ -126,8 +127,7 @@ __device__ inline void project(SummaryTile::EightRows& x, const SummaryTile::Wei
 }
 
 template <class S, class Traits>
-__device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTilePlan& plan,
-                                       char* memory) {
+__device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTilePlan& plan, char* memory) {
     constexpr int kSlots = Traits::kSlots, kTiles = Traits::kTiles, kSteps = Traits::kSteps,
                   kSlotTiles = Traits::kSlotTiles, kSlotSteps = Traits::kSlotSteps, kOwned = Traits::kOwned;
     constexpr int kQuery = 0, kKey = 1, kValue = 2;
@@ -213,10 +213,14 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
     copy(kQuery, p.query, next, has_mu && tile < plan.num_tiles);
     copy(kKey, p.key, next, tile < plan.num_tiles);
     copy(kValue, p.value, next, tile < plan.num_tiles);
-    if (constexpr int kLoaders = Traits::kLoaders; threadIdx.x < kLoaders) {
-        if (p.has_projection) weights[0].template load<S, kLoaders>(p.key_projection, head_dim);
-        if (p.has_query_projection) weights[1].template load<S, kLoaders>(p.query_projection, head_dim);
-    }
+    const auto load_weights = [&](auto threads) {
+        if (threadIdx.x >= threads) return;
+        if (p.has_projection) weights[0].template load<S, threads>(p.key_projection, head_dim);
+        if (p.has_query_projection) weights[1].template load<S, threads>(p.query_projection, head_dim);
+    };
+    using Few = std::integral_constant<int, Traits::kFewestWarps * kWarpSize>;
+    using Many = std::integral_constant<int, 256>;
+    blockDim.x < Many::value ? load_weights(Few{}) : load_weights(Many{});
     __syncthreads();
 
     // Slots are bits where `Chunks::valid` has them; shifted by `first_bit`, those of the columns pair and
@@ -246,6 +250,8 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
     };
     const float scale = static_cast<float>(p.scale) * kLog2e, mu_scale = static_cast<float>(p.mu_scale);
     const auto eps = static_cast<float>(p.norm_eps);
+    // With more slots, and fewer warps, what branches would save they cost.
+    const bool has_low = has_low_halves(p.key_projection);
 
     for (; tile < plan.num_tiles; tile += step) {
         const int row = __shfl_sync(0xffffffffu, next.row, group);
@@ -314,17 +320,22 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
         if (has_mu)
             p.rounded_mean ? store_row(static_cast<S*>(p.query_mean) + to, query, columns)
                            : store_floats(p.query_mean, query);
-        // Landmark keys and omega.
-        if (p.has_projection)
-            project(key, weights[0], head_dim, eps, p.key_projection.norm_weight != nullptr);
-        store_row(static_cast<S*>(p.landmark_key) + to, key, columns);
-        if (p.has_query_projection)
-            project(query, weights[1], head_dim, eps, p.query_projection.norm_weight != nullptr);
-        if (has_mu) {
+        // Landmark keys and omega, both projections by the same code.
+        auto& x = key;
+#pragma unroll 1
+        for (int which = 0; which <= static_cast<int>(has_mu); ++which) {
+            if (p.has_projection)
+                project(x, weights[which], head_dim, eps,
+                        (which ? p.query_projection : p.key_projection).norm_weight != nullptr, has_low);
+            if (which == 0) store_row(static_cast<S*>(p.landmark_key) + to, x, columns);
+            if (!has_mu) break;
 #pragma unroll
             for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-                for (int i = 0; i < 2; ++i) omega[n][i] += mu_scale * (key[n][i] + query[n][i]);
+                for (int i = 0; i < 2; ++i) {
+                    omega[n][i] += mu_scale * x[n][i];
+                    x[n][i] = query[n][i];
+                }
         }
         if (p.omega_rows) store_floats(p.omega_rows, omega);
 
@@ -424,8 +435,8 @@ bool launch_chunk_summary_fwd_tile(const SummaryParams& p, cudaStream_t stream) 
 
     const auto kernel = chunk_summary_fwd_tile_kernel<S, kSlots>;
     static LimitsOf limits_of;
-    const int warps =
-        std::min(Traits::kWarps, (limits_of(kernel).shared_bytes - Traits::kWeightsBytes) / Traits::kWarpBytes);
+    const int warps = std::min(Traits::kWarps,
+                               (limits_of(kernel).shared_bytes - Traits::kWeightsBytes) / Traits::kWarpBytes);
     if (warps < Traits::kFewestWarps) return false;
     const int chunks_per_tile = std::min(kSlots / members, Traits::kMaxChunks);
     const int64_t tiles_per_batch = detail::ceil_div(g.num_chunks() * p.shape.heads, chunks_per_tile);

@@ -44,9 +44,9 @@ struct ChunkTokensPlan {
     BoxShape chunk;
     int heads, columns, rows, batches; // of chunks
     int total;
-    int parts_log2; // groups of lanes that share a chunk
-    int passes;     // tokens that each of them takes
-    ChunkCursor step;
+    int parts_log2 = 0; // groups of lanes that share a chunk
+    int passes = 0;     // tokens that each of them takes
+    ChunkCursor step{};
 
     __host__ __device__ ChunkCursor cursor(int index) const {
         const unsigned i = index, x = i / heads, y = x / columns, batch = y / rows;
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         };
         if (exists && inside) {
             if (own_part == 0) store_row(p.omega, omega);
-            if (own_part == parts - 1) store_row(p.grad_beta, grad_beta);
+            if (own_part == parts - 1 && !p.rounded_gradients) store_row(p.grad_beta, grad_beta);
         }
         plan.advance(at);
 

@@ -64,9 +64,8 @@ struct WindowShares {
     int parts;       // of such a head's windows, or of all: each a CTA's
     int run;         // windows of a run, all of one sequence
     int share, rest; // runs of a part, and what is left over
-    int stride;      // windows from the beginning of a CTA's run to that of its next one
+    int stride;      // windows from the beginning of a CTA's run to that of its next one; 1: not in turn
     bool apart;      // heads have CTAs of their own
-    bool in_turn;    // runs
     struct Jump {
         int batches, rows, columns;
     } jump; // from the last window of a CTA's run to the first of its next one
@@ -99,7 +98,6 @@ struct WindowShares {
             .rest = static_cast<int>(runs % parts),
             .stride = static_cast<int>(stride),
             .apart = apart,
-            .in_turn = in_turn,
             .jump = {static_cast<int>(jump / of_sequence), static_cast<int>(jump % of_sequence / columns),
                      static_cast<int>(jump % columns)},
         };
@@ -110,11 +108,11 @@ struct WindowShares {
 
     __device__ int begin(int cta) const {
         const int part = cta / heads;
-        return cta % heads * of_head + (in_turn ? part * run : first_of(part));
+        return cta % heads * of_head + (in_turn() ? part * run : first_of(part));
     }
     __device__ int count(int cta) const {
         const int part = cta / heads;
-        return in_turn ? run * (share + (part < rest)) : first_of(part + 1) - first_of(part);
+        return in_turn() ? run * (share + (part < rest)) : first_of(part + 1) - first_of(part);
     }
     // From the i-th window of a CTA, with which it enters a sequence, to that with which it enters the next.
     __device__ int next_sequence(int i, int begin, int of_sequence) const {
@@ -127,6 +125,7 @@ struct WindowShares {
     __device__ int last_part(int head) const { return apart ? parts - 1 : part_of((head + 1) * of_head - 1); }
 
   private:
+    __device__ bool in_turn() const { return stride > 1; }
     __device__ int first_of(int part) const { return part * share + part * rest / parts; }
     __device__ int part_of(int window) const {
         int part = window / (share + 1); // or behind it

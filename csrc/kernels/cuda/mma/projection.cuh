@@ -75,6 +75,9 @@ struct SplitRows {
 template <class S>
 constexpr int kGradientHalves = std::is_same_v<S, __nv_bfloat16> ? 1 : 2;
 
+// Whether weights have low halves that are not 0.
+__device__ inline bool has_low_halves(const Projection& a) { return a.dtype != DType::kBFloat16; }
+
 // C += A B, but for the product of the low halves: n8 columns of B from its column tile `n` of two.
 template <int kHalves>
 __device__ inline void multiply_add_split(float (&c)[4], const uint32_t (&a)[kHalves][4],

@@ -61,13 +61,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const int batch = block / static_cast<int>(p.pieces);
     const int64_t bh = int64_t{batch} * heads + head;
 
-    const int tiles = (tokens + kBlockQ - 1) / kBlockQ;
+    // All tiles have as many queries, but for the last.
+    const int tiles = (tokens + kBlockQ - 1) / kBlockQ, tile_queries = (tokens + tiles - 1) / max(1, tiles);
     const int step = static_cast<int>(p.pieces);
     int tile = piece;
     const int first_column = column_block * kBlockC;
     const int chunk_width = static_cast<int>(g.chunk_width);
     if (g.is_causal) { // a chunk is visible from its end on
-        const int first_tile = (first_column + 1) * chunk_width / kBlockQ;
+        const int first_tile = (first_column + 1) * chunk_width / tile_queries;
         if (column_block > 0) tile = first_in_turn(piece, step, first_tile);
     }
 
@@ -89,8 +90,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     float next_logsumexp = 0;
     const auto load_tile = [&](int tile, typename Traits::Stage& stage) {
         const auto token_of = [&](int row) {
-            const int token = tile * kBlockQ + row;
-            return token < tokens && !(mask && mask[token]) ? token : -1;
+            const int token = tile * tile_queries + row;
+            return row < tile_queries && token < tokens && !(mask && mask[token]) ? token : -1;
         };
         using Gather = GatherRows<kBlockQ, kThreads, kHeadDim>;
         int row_token[Gather::kCount];
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     float grad_key[kHeadDim / 8][4] = {}, grad_value[kHeadDim / 8][4] = {};
     for (int i = 0; tile < tiles; tile += step, ++i) {
         typename Traits::Stage& stage = shared.stage[i % kStages];
-        const int first_query = tile * kBlockQ;
+        const int first_query = tile * tile_queries;
         copy_wait<0>();
         __syncwarp(); // a warp has waited for its own copies only, and reads those before the barrier
         constexpr int kOwnRows = kBlockQ * kWarpSize / kThreads;
@@ -160,11 +161,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         if (tile + step < tiles) load_tile(tile + step, shared.stage[(i + 1) % kStages]);
         copy_commit();
         const int token = first_query + threadIdx.x;
-        if (column_block == 0 && threadIdx.x < kBlockQ && token < tokens)
+        if (column_block == 0 && threadIdx.x < tile_queries && token < tokens)
             delta[token] = stage.delta[threadIdx.x];
 
         const RowTile queries{stage.query}, grad_outputs{stage.grad_output};
-        const int count = min(kBlockQ, tokens - first_query);
+        const int count = min(tile_queries, tokens - first_query);
         // Global columns on M, queries on N.
         float score[kBlockQ / 8][4], grad_weight[kBlockQ / 8][4];
         begin_products<kHeadDim>();

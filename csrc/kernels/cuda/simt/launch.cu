@@ -79,15 +79,13 @@ __global__ void __launch_bounds__(kSumThreads, 3)
     const int i = static_cast<int>(blockIdx.x) * simt::kLanes + simt::lane();
     const int projection = i / size, row = i % size / head_dim, column = i % head_dim;
     const ProjectionGradients::Parameter* const parameters[] = {p.bias, p.norm_weight, p.norm_bias};
-    const auto [data, dtype] = projection > 1   ? ProjectionGradients::Parameter{}
-                               : row < head_dim ? p.weight[projection]
-                                                : parameters[row - head_dim][projection];
-    // Of a projection that does not exist there are no terms.
+    const bool inside = projection < p.projections;
     const T* const terms = static_cast<const T*>(p.terms) + i;
-    const T sum = sum_terms<T>(data ? static_cast<int>(p.pieces) : 0,
+    const T sum = sum_terms<T>(inside ? static_cast<int>(p.pieces) : 0,
                                [&](int piece) { return terms[int64_t{piece} * 2 * size]; });
-    if (simt::warp() == 0 && data)
-        store_as(dtype, data, row < head_dim ? row * head_dim + column : column, sum);
+    if (simt::warp() != 0 || !inside) return;
+    const auto [data, dtype] = row < head_dim ? p.weight[projection] : parameters[row - head_dim][projection];
+    if (data) store_as(dtype, data, row < head_dim ? row * head_dim + column : column, sum);
 }
 
 template <class T>
@@ -127,7 +125,7 @@ void chunk_extents(const Geometry& geometry, int64_t batch, const bool* key_padd
 }
 
 void sum_projection_gradients(DType accumulation, const ProjectionGradients& p, cudaStream_t stream) {
-    const int64_t blocks = detail::ceil_div(2 * (p.head_dim + 3) * p.head_dim, simt::kLanes);
+    const int64_t blocks = detail::ceil_div(p.projections * (p.head_dim + 3) * p.head_dim, simt::kLanes);
     const auto kernel = accumulation == DType::kDouble ? sum_projection_gradients_kernel<double>
                                                        : sum_projection_gradients_kernel<float>;
     launch_dependent(kernel, blocks, kSumThreads, 0, stream, p);
