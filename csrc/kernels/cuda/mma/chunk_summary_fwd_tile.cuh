@@ -134,8 +134,8 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
     auto* const weights = reinterpret_cast<SummaryTile::Weights*>(memory);
     // By a shuffle, so that the compiler takes branches on it for ones that no lanes part at.
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0), lane = threadIdx.x % kWarpSize;
-    auto* const slots = reinterpret_cast<S*>(memory + Traits::kWeightsBytes + warp * Traits::kWarpBytes);
-    const Tile<S, Traits::kHeadDim> rows{slots};
+    const Tile<S, Traits::kHeadDim> own_rows{
+        reinterpret_cast<S*>(memory + Traits::kWeightsBytes + warp * Traits::kWarpBytes)};
     const int heads = static_cast<int>(p.shape.heads), head_dim = static_cast<int>(p.shape.head_dim);
     const bool has_mu = !p.has_projection || p.has_query_projection;
 
@@ -189,7 +189,7 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
         }
         return found;
     };
-    const uint32_t first_copy = shared_address(rows.unit(lane / Traits::kLanes, unit));
+    const uint32_t first_copy = shared_address(own_rows.unit(lane / Traits::kLanes, unit));
     const auto copy = [&](int which, const Rows& rows, const Chunks& chunks, bool wanted) {
         if (wanted) {
             const S* const column = head_rows<S>(rows, chunks.batch, 0) + unit * 8;
@@ -244,13 +244,12 @@ __device__ inline void summarise_tiles(const SummaryParams& p, const SummaryTile
             (column_bit(bits, n, 0) ? ones & 0xffffu : 0) | (column_bit(bits, n, 1) ? ones & 0xffff0000u : 0);
     }
     // Of the matrices of 16 slots and of 16 channels, those from 8 `first_unit` onward.
-    const uint32_t first_matrix = shared_address(rows.unit(lane % 16, lane / 16));
+    const uint32_t first_matrix = shared_address(own_rows.unit(lane % 16, lane / 16));
     const auto address = [&](int which, int s, int first_unit) {
         return (first_matrix ^ 16 * first_unit) + (which * kSlots + 16 * s) * Traits::kRowBytes;
     };
     const float scale = static_cast<float>(p.scale) * kLog2e, mu_scale = static_cast<float>(p.mu_scale);
     const auto eps = static_cast<float>(p.norm_eps);
-    // With more slots, and fewer warps, what branches would save they cost.
     const bool has_low = has_low_halves(p.key_projection);
 
     for (; tile < plan.num_tiles; tile += step) {
