@@ -65,10 +65,12 @@ void Attention::backward_global(const Tensor& grad_output, Room& room) {
     const bool is_done_before = backward_.on_tensor_cores && shape.geometry.num_prefix_tokens == 0;
     params_.rounded_gradients = is_done_before && params_.pieces == 1;
     const auto row_options = params_.rounded_gradients ? output_.options() : options;
-    grad_global_key_ = is_done_before ? room.empty(sizes, row_options) : at::empty(sizes, row_options);
+    const auto empty = [&](bool in_room) {
+        return in_room ? room.empty(sizes, row_options) : at::empty(sizes, row_options);
+    };
+    grad_global_key_ = empty(is_done_before);
     // Rounded, those of values are what the tokens' gradients need, too.
-    grad_global_value_ = is_done_before && !params_.rounded_gradients ? room.empty(sizes, row_options)
-                                                                      : at::empty(sizes, row_options);
+    grad_global_value_ = empty(is_done_before && !params_.rounded_gradients);
     params_.delta = data(delta_);
     params_.grad_global_key = data(grad_global_key_);
     params_.grad_global_value = data(grad_global_value_);

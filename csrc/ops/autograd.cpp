@@ -1,4 +1,5 @@
-// Autograd and autocast of all operators: in one file, as each takes in most of torch's headers.
+// Autograd of the operators that have gradients, and autocast of all: in one file, as each takes in most of
+// torch's headers.
 #include "ops/autograd.h"
 
 #include <torch/library.h>

@@ -58,18 +58,14 @@ __device__ inline void split(uint32_t (&a)[kTiles / 2][4], const float (&x)[kTil
 }
 __device__ inline float add_halves(const float (&product)[4], int i) { return product[i] + product[i + 2]; }
 
-// The first `columns` of a row, in S, eight bytes a lane.
+// The first `columns` of a row, in S.
 template <class S>
 __device__ inline void store_row(S* row, const SummaryTile::EightRows& x, int columns) {
-    // A lane of a pair takes four columns of the first eight, the other four of the last.
-    const int lane = threadIdx.x % kWarpSize, odd = lane & 1, first = odd * 8 + lane % 4 / 2 * 4;
-    S* const to = row + first;
+    const int first = exchanged_column();
 #pragma unroll
     for (int n = 0; n < SummaryTile::kTiles; n += 2) {
-        const uint32_t left = pack<S>(x[n][0], x[n][1]), right = pack<S>(x[n + 1][0], x[n + 1][1]);
-        const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
-        if (8 * n < columns - first)
-            *reinterpret_cast<uint2*>(to + 8 * n) = odd ? uint2{got, right} : uint2{left, got};
+        const uint2 four = exchange_pairs(pack<S>(x[n][0], x[n][1]), pack<S>(x[n + 1][0], x[n + 1][1]));
+        if (8 * n < columns - first) *reinterpret_cast<uint2*>(row + first + 8 * n) = four;
     }
 }
 
@@ -418,10 +414,9 @@ __global__ void __launch_bounds__(SummaryTileTraits<kSlots>::kThreads, 1)
 
 // False where the chunks are not small, or a block can't have enough shared memory.
 template <class S, int kSlots>
-bool launch_chunk_summary_fwd_tile(const SummaryParams& p, cudaStream_t stream) {
+bool launch_chunk_summary_fwd_tile(const SummaryParams& p, const ChunkBoxes& chunks, cudaStream_t stream) {
     using Traits = SummaryTileTraits<kSlots>;
     const Geometry& g = p.shape.geometry;
-    const ChunkBoxes chunks = ChunkBoxes::of(g);
     const int members = chunks.members.size();
     // The 16-byte units of a batch are numbered by int.
     const auto countable = [&](const Rows& rows) {
@@ -454,9 +449,9 @@ bool launch_chunk_summary_fwd_tile(const SummaryParams& p, cudaStream_t stream) 
 
 template <class S>
 bool launch_chunk_summary_fwd_tile(const SummaryParams& p, cudaStream_t stream) {
-    const bool is_few = ChunkBoxes::of(p.shape.geometry).members.size() <= kFewMembers;
-    return is_few ? launch_chunk_summary_fwd_tile<S, 32>(p, stream)
-                  : launch_chunk_summary_fwd_tile<S, 64>(p, stream);
+    const ChunkBoxes chunks = ChunkBoxes::of(p.shape.geometry);
+    return chunks.members.size() <= kFewMembers ? launch_chunk_summary_fwd_tile<S, 32>(p, chunks, stream)
+                                                : launch_chunk_summary_fwd_tile<S, 64>(p, chunks, stream);
 }
 
 } // namespace eva_attn::cuda::mma

@@ -266,28 +266,25 @@ struct NormGradient {
         for (int i = 0; i < 8; ++i) grad.x[i] = factor * grad.x[i] - mean - x.x[i] * mean_x;
     }
 
-    // [2, head_dim], the sums over all rows of a block. Rows of `sides` projections, at most kSides, may lie
-    // side by side in a warp, whose results are `stride` apart; `sums` is [kThreads / 32, kSides, 8 kLanes]
-    // of shared memory.
-    template <int kThreads, int kSides = 1>
-    __device__ void store(float* to, float* sums, int head_dim, int sides = 1, int stride = 0) {
+    // [2, head_dim], the sums over all rows of a block; `sums` is [kThreads / 32, 8 kLanes] of shared memory.
+    template <int kThreads>
+    __device__ void store(float* to, float* sums, int head_dim) {
         constexpr int kHeadDim = 8 * kLanes, kWarps = kThreads / kWarpSize;
-        static_assert(kThreads >= kSides * kHeadDim);
+        static_assert(kThreads >= kHeadDim);
         const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
         const auto store_sum = [&](Float8& x, float* row) {
 #pragma unroll
-            for (int offset = kSides * kLanes; offset < kWarpSize; offset *= 2)
+            for (int offset = kLanes; offset < kWarpSize; offset *= 2)
 #pragma unroll
                 for (int i = 0; i < 8; ++i) x.x[i] += __shfl_xor_sync(0xffffffffu, x.x[i], offset);
             __syncthreads();
-            if (lane < kSides * kLanes) store8(sums + (warp * kSides * kHeadDim + lane * 8), x);
+            if (lane < kLanes) store8(sums + (warp * kHeadDim + lane * 8), x);
             __syncthreads();
-            const int side = threadIdx.x / kHeadDim, i = threadIdx.x % kHeadDim;
-            if (side < sides && i < head_dim) {
+            if (const unsigned i = threadIdx.x; i < static_cast<unsigned>(head_dim)) {
                 float sum = 0;
 #pragma unroll
-                for (int w = 0; w < kWarps; ++w) sum += sums[(w * kSides + side) * kHeadDim + i];
-                row[side * stride + i] = sum;
+                for (int w = 0; w < kWarps; ++w) sum += sums[w * kHeadDim + i];
+                row[i] = sum;
             }
         };
         store_sum(weight, to);
