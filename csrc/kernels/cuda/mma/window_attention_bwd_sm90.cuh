@@ -25,7 +25,7 @@ struct WindowGradSm90Traits {
     static constexpr int kWarpgroups = 2;
     static constexpr int kConsumers = kWarpgroups * kWarpgroupSize;
     static constexpr int kThreads = kConsumers + kWarpgroupSize;
-    static constexpr int kConsumerRegisters = kHeadDim == 64 ? 216 : 232;
+    static constexpr int kConsumerRegisters = 232;
     static constexpr int kServiceRegisters = 3 * 168 - kWarpgroups * kConsumerRegisters; // 168 each at launch
     static constexpr int kRowSlots = 2;                                                  // of a warpgroup
     static constexpr int kColumnSlots = kHeadDim == 64 ? 6 : 3;
@@ -73,7 +73,9 @@ struct WindowGradSm90 {
     using Pair = typename Traits::Pair;
     using Terms = typename Traits::Terms;
     static constexpr int kHeadDim = Traits::kHeadDim, kPanels = RowTile::kPanels;
-    static constexpr bool kOverlapsSteps = kHeadDim == 64; // where registers suffice
+    // Where registers suffice the products that end a step are under way in the next one, or the next one's
+    // scores in this one as well.
+    static constexpr bool kOverlapsSteps = kHeadDim == 64, kLooksAhead = kOverlapsSteps && !kMayBeCausal;
 
     const AttentionParams& p;
     const WindowGradSm90Plan& plan;
@@ -236,8 +238,8 @@ struct WindowGradSm90 {
             if (round.row_tile(warpgroup) >= round.tiles) {
 #pragma unroll 1
                 for (int i = round.first_column; i < round.end + has_terms(); ++i) {
-                    barrier_wait(&shared.columns_full[column.slot], column.phase);
-                    release_by_all(&shared.columns_empty[column.slot]);
+                    wait_for_columns(column);
+                    release_columns(column.slot);
                     column.advance(Traits::kColumnSlots);
                 }
                 return;
@@ -289,16 +291,16 @@ struct WindowGradSm90 {
         return is_causal() ? min(landmarks, token / plan.chunk_width) : landmarks;
     }
 
-    // Begins a = rows.first columns.first^T and b = rows.second columns.second^T, and waits for a and
-    // whatever was begun before.
-    __device__ static void multiply_rows(ScoreTile& a, ScoreTile& b, const Pair& rows, const Pair& columns) {
+    // Begins a b^T.
+    __device__ static void begin_rows(ScoreTile& product, const RowTile& a, const RowTile& b) {
         warpgroup_fence();
-        begin_transposed_product(a, rows.first, columns.first);
+        begin_transposed_product(product, a, b);
         warpgroup_commit();
-        begin_transposed_product(b, rows.second, columns.second);
-        warpgroup_commit();
-        warpgroup_wait<1>();
-        fence_registers(a);
+    }
+    template <int kPending>
+    __device__ static void wait_for(ScoreTile& product) {
+        warpgroup_wait<kPending>();
+        fence_registers(product);
     }
     // Numbers of the queries on columns 8 n + score_column() and one further.
     __device__ static float2 numbers_at(const float* numbers, int n) {
@@ -315,39 +317,103 @@ struct WindowGradSm90 {
         for (int panel = 0; panel < kPanels; ++panel) fence_registers(panel_of(c, panel));
     }
 
-    // Runs step(columns' slot, i) for the tiles [begin, end) of columns, and passes over the others. A step
-    // ends with products under way, and has waited for those of the step before.
+    __device__ void wait_for_columns(const RingCursor& column) const {
+        barrier_wait(&shared.columns_full[column.slot], column.phase);
+    }
+    __device__ void release_columns(int slot) const { release_by_all(&shared.columns_empty[slot]); }
+    __device__ static void release_stored(uint64_t*& stored) {
+        if (stored && threadIdx.x % kWarpgroupSize == 0) {
+            store_wait_read();
+            barrier_arrive(stored);
+        }
+        stored = nullptr;
+    }
+
+    // The rows meet the tiles [begin, end) of columns, and landmarks, and pass over the others. A step makes
+    // weights of the scores, begins the products with the values, if it has any, makes gradients of scores,
+    // and begins the products with those.
     template <class Step>
-    __device__ void meet_columns(const Round& round, int begin, int end, RingCursor& column,
-                                 uint64_t*& stored, const Step& step) const {
-        uint64_t* read = nullptr; // by products under way
+    __device__ void meet_columns(const Round& round, int begin, int end, const Pair& rows, RingCursor& column,
+                                 uint64_t*& stored, Step& step) const {
+        if constexpr (kLooksAhead)
+            meet_all_columns(round, rows, column, stored, step);
+        else
+            meet_some_columns(round, begin, end, rows, column, stored, step);
+    }
+    // The next tile's scores are under way while this one's are graded; its gradients of weights, and the
+    // products with this one's gradients, while the next one's scores are weighed.
+    template <class Step>
+    __device__ void meet_all_columns(const Round& round, const Pair& rows, RingCursor& column,
+                                     uint64_t*& stored, Step& step) const {
+        ScoreTile score, weights, grad_weight;
+        wait_for_columns(column);
+        begin_rows(score, rows.first, shared.columns[column.slot].first);
+        begin_rows(grad_weight, rows.second, shared.columns[column.slot].second);
+        step.load_logsumexp(column.slot);
+        wait_for<1>(score);
+        step.weigh(round.first_column, score, weights);
+        release_stored(stored);
+        wait_for<0>(grad_weight);
+#pragma unroll 1
+        for (int i = round.first_column + 1; i < round.end; ++i) {
+            const int slot = column.slot;
+            step.load_delta(slot);
+            step.begin_values(shared.columns[slot]);
+            column.advance(Traits::kColumnSlots);
+            wait_for_columns(column);
+            const Pair& next = shared.columns[column.slot];
+            begin_rows(score, rows.first, next.first);
+            step.grade(weights, grad_weight, shared.columns[slot]);
+            begin_rows(grad_weight, rows.second, next.second);
+            step.load_logsumexp(column.slot);
+            wait_for<2>(score);
+            step.weigh(i, score, weights);
+            wait_for<0>(grad_weight);
+            release_columns(slot);
+        }
+        step.load_delta(column.slot);
+        step.begin_values(shared.columns[column.slot]);
+        step.grade(weights, grad_weight, shared.columns[column.slot]);
+        warpgroup_wait();
+        release_columns(column.slot);
+        column.advance(Traits::kColumnSlots);
+    }
+    template <class Step>
+    __device__ void meet_some_columns(const Round& round, int begin, int end, const Pair& rows,
+                                      RingCursor& column, uint64_t*& stored, Step& step) const {
+        ScoreTile score, grad_weight;
+        int read = -1; // by products under way
 #pragma unroll 1
         for (int i = round.first_column; i < round.end; ++i, column.advance(Traits::kColumnSlots)) {
             const int slot = column.slot;
-            barrier_wait(&shared.columns_full[slot], column.phase);
+            const Pair& columns = shared.columns[slot];
+            wait_for_columns(column);
             const bool is_met = begin <= i && (i < end || i >= round.window_end);
-            if (is_met)
-                step(slot, i, [&] {
-                    if (read) release_by_all(read);
-                    read = nullptr;
-                });
+            if (is_met) {
+                begin_rows(score, rows.first, columns.first);
+                begin_rows(grad_weight, rows.second, columns.second);
+                wait_for<1>(score);
+                if (read >= 0) release_columns(read);
+                read = -1;
+                step.load_logsumexp(slot);
+                step.weigh(i, score, score);
+                if constexpr (kOverlapsSteps) step.begin_values(columns);
+                wait_for<kOverlapsSteps && Step::kHasValues ? 1 : 0>(grad_weight);
+                step.load_delta(slot);
+                step.grade(score, grad_weight, columns);
+                if constexpr (!kOverlapsSteps) step.begin_values(columns);
+            }
             if (is_met && kOverlapsSteps) {
-                read = &shared.columns_empty[slot];
+                read = slot;
             } else {
                 if (is_met) warpgroup_wait();
-                release_by_all(&shared.columns_empty[slot]);
+                release_columns(slot);
             }
-            if (stored) {
-                if (threadIdx.x % kWarpgroupSize == 0) {
-                    store_wait_read();
-                    barrier_arrive(stored);
-                }
-                stored = nullptr;
-            }
+            release_stored(stored);
         }
-        if (read) {
+        if (read >= 0) {
             warpgroup_wait();
-            release_by_all(read);
+            release_columns(read);
         }
     }
     // Runs step(terms, chunk) for what sixteen chunks at a time add to the rows, which are members of
@@ -360,18 +426,125 @@ struct WindowGradSm90 {
         for (int r = 0; r < 2; ++r)
             chunk[r] =
                 (round.x0 + kTileRows * tile + score_row() + 8 * r) / plan.chunk_width - first_chunk(round);
-        const int slot = column.slot;
-        barrier_wait(&shared.columns_full[slot], column.phase);
+        wait_for_columns(column);
 #pragma unroll 1
         for (int i = 0; 16 * i < plan.term_rows; ++i, chunk[0] -= 16, chunk[1] -= 16)
-            step(terms_in(slot)[i], chunk, i);
-        release_by_all(&shared.columns_empty[slot]);
+            step(terms_in(column.slot)[i], chunk, i);
+        release_columns(column.slot);
         column.advance(Traits::kColumnSlots);
     }
 
+    // Keys on rows, queries on columns.
+    struct KeyStep {
+        const WindowGradSm90& kernel;
+        int tile;
+        float scale, scale_log2;
+        Gradient grad_key, grad_value;
+        Operand weight, grad_score;
+        float2 numbers[kTileRows / 8]; // of the queries on the columns: log-sum-exps, then deltas
+
+        static constexpr bool kHasValues = true;
+        __device__ void load_logsumexp(int slot) { load(kernel.shared.logsumexp[slot]); }
+        __device__ void load_delta(int slot) { load(kernel.shared.delta[slot]); }
+        __device__ void weigh(int i, ScoreTile& score, ScoreTile& weights) {
+            if (kernel.is_causal() && i == tile) {
+#pragma unroll
+                for (int n = 0; n < kTileRows / 8; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e)
+                        if (8 * n + score_column() + e % 2 < score_row() + e / 2 * 8)
+                            score[n][e] = -kInfinity;
+            }
+#pragma unroll
+            for (int n = 0; n < kTileRows / 8; ++n) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    weights[n][e] =
+                        exp2_approx(score[n][e] * scale_log2 - (e % 2 ? numbers[n].y : numbers[n].x));
+                put_operand(weight, n, weights[n]);
+            }
+        }
+        __device__ void begin_values(const Pair& columns) {
+            warpgroup_fence();
+            begin_product(grad_value, weight, columns.second);
+            warpgroup_commit();
+        }
+        __device__ void grade(const ScoreTile& weights, ScoreTile& grad_weight, const Pair& columns) {
+#pragma unroll
+            for (int n = 0; n < kTileRows / 8; ++n) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    grad_weight[n][e] =
+                        weights[n][e] * (grad_weight[n][e] * scale - (e % 2 ? numbers[n].y : numbers[n].x));
+                put_operand(grad_score, n, grad_weight[n]);
+            }
+            warpgroup_fence();
+            begin_product(grad_key, grad_score, columns.first);
+            warpgroup_commit();
+        }
+
+      private:
+        __device__ void load(const float* from) {
+#pragma unroll
+            for (int n = 0; n < kTileRows / 8; ++n) numbers[n] = numbers_at(from, n);
+        }
+    };
+    // Queries on rows, keys or landmarks on columns.
+    struct QueryStep {
+        const Round& round;
+        float scale, scale_log2;
+        float logsumexp[2], delta[2];
+        int visible_keys[2], visible_landmarks[2]; // of the first window column, or landmark, onward
+        Gradient grad_query;
+        Operand grad_score;
+
+        static constexpr bool kHasValues = false;
+        __device__ void load_logsumexp(int) const {}
+        __device__ void load_delta(int) const {}
+        __device__ void weigh(int i, ScoreTile& score, ScoreTile& weights) const {
+            int visible[2];
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+                visible[r] = i < round.window_end ? visible_keys[r] - kTileRows * i
+                                                  : visible_landmarks[r] - kTileRows * (i - round.window_end);
+            if (min(visible[0], visible[1]) < kTileRows) {
+#pragma unroll
+                for (int n = 0; n < kTileRows / 8; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e)
+                        if (8 * n + score_column() + e % 2 >= visible[e / 2]) score[n][e] = -kInfinity;
+            }
+#pragma unroll
+            for (int n = 0; n < kTileRows / 8; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    weights[n][e] = exp2_approx(score[n][e] * scale_log2 - logsumexp[e / 2]);
+            fence_registers(weights);
+        }
+        __device__ void begin_values(const Pair&) const {}
+        // The first half of the product begins while the second half of the gradients is computed.
+        __device__ void grade(ScoreTile& weights, const ScoreTile& grad_weight, const Pair& columns) {
+            constexpr int kHalf = kTileRows / 16;
+            const auto grade_from = [&](int first) {
+#pragma unroll
+                for (int n = first; n < first + kHalf; ++n) {
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) weights[n][e] *= grad_weight[n][e] * scale - delta[e / 2];
+                    put_operand(grad_score, n, weights[n]);
+                }
+                warpgroup_fence();
+            };
+            grade_from(0);
+            begin_steps<0, 2>(grad_query, grad_score, columns.first);
+            grade_from(kHalf);
+            begin_steps<2, 4>(grad_query, grad_score, columns.first);
+            warpgroup_commit();
+        }
+    };
+
     __device__ void find_key_gradients(const Round& round, int warpgroup, Pair& rows, RingCursor& column,
                                        uint64_t*& stored) const {
-        const float scale = static_cast<float>(p.scale), scale_log2 = scale * kLog2e;
+        const float scale = static_cast<float>(p.scale);
         const int tile = round.row_tile(warpgroup);
         const int64_t sequence = sequence_of(round.at);
         float chunk_weight[2], chunk_grad[2];
@@ -383,57 +556,9 @@ struct WindowGradSm90 {
             chunk_weight[r] = inside ? static_cast<const float*>(p.chunk_terms.token_weight)[at] : 0.0f;
             chunk_grad[r] = inside ? static_cast<const float*>(p.chunk_terms.token_grad)[at] : 0.0f;
         }
-        Gradient grad_key = {}, grad_value = {};
-        meet_columns(round, is_causal() ? tile : 0, round.tiles, column, stored,
-                     [&](int slot, int i, const auto& release_previous) {
-                         const Pair& columns = shared.columns[slot];
-                         ScoreTile score, grad_weight;
-                         multiply_rows(score, grad_weight, rows, columns);
-                         release_previous();
-                         if (is_causal() && i == tile) {
-#pragma unroll
-                             for (int n = 0; n < kTileRows / 8; ++n)
-#pragma unroll
-                                 for (int e = 0; e < 4; ++e)
-                                     if (8 * n + score_column() + e % 2 < score_row() + e / 2 * 8)
-                                         score[n][e] = -kInfinity;
-                         }
-                         Operand weight, grad_score;
-#pragma unroll
-                         for (int n = 0; n < kTileRows / 8; ++n) {
-                             const float2 lse = numbers_at(shared.logsumexp[slot], n);
-#pragma unroll
-                             for (int e = 0; e < 4; ++e)
-                                 score[n][e] =
-                                     exp2_approx(score[n][e] * scale_log2 - (e % 2 ? lse.y : lse.x));
-                             put_operand(weight, n, score[n]);
-                         }
-                         const auto begin_values = [&] {
-                             warpgroup_fence();
-                             begin_product(grad_value, weight, columns.second);
-                             warpgroup_commit();
-                         };
-                         if constexpr (kOverlapsSteps) {
-                             begin_values();
-                             warpgroup_wait<1>();
-                         } else {
-                             warpgroup_wait();
-                         }
-                         fence_registers(grad_weight);
-#pragma unroll
-                         for (int n = 0; n < kTileRows / 8; ++n) {
-                             const float2 delta = numbers_at(shared.delta[slot], n);
-#pragma unroll
-                             for (int e = 0; e < 4; ++e)
-                                 grad_weight[n][e] =
-                                     score[n][e] * (grad_weight[n][e] * scale - (e % 2 ? delta.y : delta.x));
-                             put_operand(grad_score, n, grad_weight[n]);
-                         }
-                         if constexpr (!kOverlapsSteps) begin_values();
-                         warpgroup_fence();
-                         begin_product(grad_key, grad_score, columns.first);
-                         warpgroup_commit();
-                     });
+        KeyStep step{.kernel = *this, .tile = tile, .scale = scale, .scale_log2 = scale * kLog2e};
+        Gradient &grad_key = step.grad_key, &grad_value = step.grad_value;
+        meet_columns(round, is_causal() ? tile : 0, round.tiles, rows, column, stored, step);
         wait(grad_value);
         wait(grad_key);
         meet_terms(round, tile, column, [&](const Terms& terms, const int (&chunk)[2], int i) {
@@ -460,67 +585,22 @@ struct WindowGradSm90 {
 
     __device__ void find_query_gradients(const Round& round, int warpgroup, Pair& rows, RingCursor& column,
                                          uint64_t*& stored) const {
-        const float scale = static_cast<float>(p.scale), scale_log2 = scale * kLog2e;
+        const float scale = static_cast<float>(p.scale);
         const int tile = round.row_tile(warpgroup);
         const int64_t sequence = sequence_of(round.at);
-        float logsumexp[2], delta[2];
-        int visible_keys[2], visible_landmarks[2]; // of the first window column, or landmark, onward
+        QueryStep step{.round = round, .scale = scale, .scale_log2 = scale * kLog2e};
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = kTileRows * tile + score_row() + 8 * r;
             const bool inside = row < round.tokens;
             const int64_t at = sequence + round.x0 + row;
-            logsumexp[r] = inside ? static_cast<const float*>(p.logsumexp)[at] * kLog2e : kInfinity;
-            delta[r] = inside ? static_cast<const float*>(p.delta)[at] * scale : 0.0f;
-            visible_keys[r] = is_causal() ? min(row + 1, round.tokens) : round.tokens;
-            visible_landmarks[r] = landmarks_before(round.x0 + row);
+            step.logsumexp[r] = inside ? static_cast<const float*>(p.logsumexp)[at] * kLog2e : kInfinity;
+            step.delta[r] = inside ? static_cast<const float*>(p.delta)[at] * scale : 0.0f;
+            step.visible_keys[r] = is_causal() ? min(row + 1, round.tokens) : round.tokens;
+            step.visible_landmarks[r] = landmarks_before(round.x0 + row);
         }
-        Gradient grad_query = {};
-        meet_columns(round, 0, is_causal() ? tile + 1 : round.tiles, column, stored,
-                     [&](int slot, int i, const auto& release_previous) {
-                         const Pair& columns = shared.columns[slot];
-                         ScoreTile score, grad_weight;
-                         multiply_rows(score, grad_weight, rows, columns);
-                         release_previous();
-                         int visible[2];
-#pragma unroll
-                         for (int r = 0; r < 2; ++r)
-                             visible[r] = i < round.window_end
-                                              ? visible_keys[r] - kTileRows * i
-                                              : visible_landmarks[r] - kTileRows * (i - round.window_end);
-                         if (min(visible[0], visible[1]) < kTileRows) {
-#pragma unroll
-                             for (int n = 0; n < kTileRows / 8; ++n)
-#pragma unroll
-                                 for (int e = 0; e < 4; ++e)
-                                     if (8 * n + score_column() + e % 2 >= visible[e / 2])
-                                         score[n][e] = -kInfinity;
-                         }
-                         Operand grad_score;
-#pragma unroll
-                         for (int n = 0; n < kTileRows / 8; ++n)
-#pragma unroll
-                             for (int e = 0; e < 4; ++e)
-                                 score[n][e] = exp2_approx(score[n][e] * scale_log2 - logsumexp[e / 2]);
-                         fence_registers(score);
-                         warpgroup_wait();
-                         fence_registers(grad_weight);
-                         const auto weigh = [&](int first) {
-#pragma unroll
-                             for (int n = first; n < first + kTileRows / 16; ++n) {
-#pragma unroll
-                                 for (int e = 0; e < 4; ++e)
-                                     score[n][e] *= grad_weight[n][e] * scale - delta[e / 2];
-                                 put_operand(grad_score, n, score[n]);
-                             }
-                             warpgroup_fence();
-                         };
-                         weigh(0);
-                         begin_steps<0, 2>(grad_query, grad_score, columns.first);
-                         weigh(kTileRows / 16);
-                         begin_steps<2, 4>(grad_query, grad_score, columns.first);
-                         warpgroup_commit();
-                     });
+        Gradient& grad_query = step.grad_query;
+        meet_columns(round, 0, is_causal() ? tile + 1 : round.tiles, rows, column, stored, step);
         wait(grad_query);
         meet_terms(round, tile, column, [&](const Terms& terms, const int (&chunk)[2], int) {
             ChunkOperand member;
