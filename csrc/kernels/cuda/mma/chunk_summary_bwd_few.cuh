@@ -115,23 +115,12 @@ __global__ void __launch_bounds__(FewMembersGradTraits::kThreads, FewMembersGrad
         };
 
         Float8 grad_beta{}, mean[2] = {};
-        // Rows in 16 bits become floats after both loads, as they would wait for memory in turn.
-        uint4 rounded_beta{}, rounded_mean{};
-        if (exists) {
-            const char* const beta_row = gradient_row(p.grad_landmark_value, index, chunk.bh);
-            const char* const mean_row = query_mean + at * mean_size;
-            if (p.rounded_gradients)
-                rounded_beta = *reinterpret_cast<const uint4*>(beta_row);
-            else
-                grad_beta = load_pieces<S>(p, beta_row);
-            if (has_mu && p.rounded_mean)
-                rounded_mean = *reinterpret_cast<const uint4*>(mean_row);
-            else if (has_mu)
-                mean[1] = load8(reinterpret_cast<const float*>(mean_row));
-        }
+        if (exists) grad_beta = load_pieces<S>(p, gradient_row(p.grad_landmark_value, index, chunk.bh));
+        if (exists && has_mu)
+            mean[1] = p.rounded_mean
+                          ? unpack8<S>(*reinterpret_cast<const uint4*>(query_mean + at * mean_size))
+                          : load8(reinterpret_cast<const float*>(query_mean + at * mean_size));
         copy_wait<0>();
-        if (p.rounded_gradients) grad_beta = unpack8<S>(rounded_beta);
-        if (p.rounded_mean) mean[1] = unpack8<S>(rounded_mean);
         if (!p.rounded_gradients) store_row(p.grad_beta, grad_beta);
         float products[kMembers];
 #pragma unroll
